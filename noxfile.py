@@ -1,0 +1,199 @@
+"""Every check of the project: `nox` runs them all, `nox --list` names them, `nox -s lint types` runs two.
+
+The tests run once compiled and once from the sources, on every supported Python that this machine has. What is not
+there is reported as skipped, by name; in continuous integration (CI is set) a missing C compiler is an error instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nox
+
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+
+# A build or a test is told its mode here and by nobody else.
+for variable in ("SHMCACHE_PURE", "SHMCACHE_REQUIRE_EXTENSION"):
+    os.environ.pop(variable, None)
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = False
+
+SMOKE = """
+import os, shmcache
+compiled = os.environ["EXPECT"] == "compiled"
+assert shmcache.is_compiled() is compiled, shmcache.__file__
+with shmcache.Cache(f"smoke-{os.getpid()}", max_bytes="4MB") as cache:
+    try:
+        cache.set("key", {"of": ("any", "kind")})
+        assert cache.get("key") == {"of": ("any", "kind")}
+        assert cache.check() == []
+    finally:
+        cache.unlink()
+print(shmcache.__version__, "works,", os.environ["EXPECT"])
+"""
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+def runs(python: str | Path, version: str) -> bool:
+    """Whether this interpreter starts and is of this version. (A pyenv shim may exist and do neither.)"""
+    try:
+        answer = subprocess.run(
+            [python, "-c", "import sys; print(*sys.version_info[:2], sep='.')"], capture_output=True, text=True
+        )
+    except OSError:
+        return False
+    return answer.returncode == 0 and answer.stdout.strip() == version
+
+
+def interpreters(version: str) -> Iterator[Path]:
+    """Where a Python of this version may be that PATH does not lead to."""
+    name = f"python{version}"
+    yield Path(sys.base_prefix, "bin", name)
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from sorted(pyenv.glob(f"versions/{version}.*/bin/{name}"), reverse=True)
+    if uv := shutil.which("uv"):
+        found = subprocess.run(
+            [uv, "python", "find", "--no-python-downloads", version], capture_output=True, text=True
+        ).stdout.strip()
+        if found:
+            yield Path(found).resolve().with_name(name)
+
+
+def put_on_path(versions: tuple[str, ...]) -> None:
+    """Make `pythonX.Y` a command that works for every version that is anywhere on this machine."""
+    for version in versions:
+        if (command := shutil.which(f"python{version}")) and runs(command, version):
+            continue
+        for python in interpreters(version):
+            if runs(python, version):
+                os.environ["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+                break
+
+
+put_on_path(PYTHONS)
+
+
+def missing_for_compiling(session: nox.Session) -> str | None:
+    """What this session's Python lacks for building C extensions, or None."""
+    if not shutil.which(os.environ.get("CC") or "cc") and not shutil.which("gcc"):
+        return "a C compiler (Debian: apt-get install gcc)"
+    find_headers = "import sysconfig; print(sysconfig.get_path('include'))"
+    include = str(session.run("python", "-c", find_headers, silent=True)).strip()
+    if not Path(include, "Python.h").exists():
+        return "Python's headers (Debian: apt-get install python3-dev)"
+    return None
+
+
+def need_compiler(session: nox.Session) -> None:
+    """Skip the session where nothing can be compiled; in continuous integration, fail it."""
+    if missing := missing_for_compiling(session):
+        (session.error if "CI" in os.environ else session.skip)(f"needs {missing}")
+
+
+def tools(*names: str) -> list[str]:
+    """The requirements of these development tools, as pyproject.toml states them."""
+    dev = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
+    return [requirement for requirement in dev if requirement.partition(">")[0] in names]
+
+
+def smoke(session: nox.Session, mode: str, **env: str) -> None:
+    """Use the installed package from elsewhere: here, Python would import the sources in the working directory."""
+    with session.chdir(session.create_tmp()):
+        session.log(f"Trying a cache, {mode}, in {Path.cwd()}")
+        session.run("python", "-c", SMOKE, env={"EXPECT": mode, **env}, log=False)
+
+
+# --- the sessions ---------------------------------------------------------------------------------------------------
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    session.install(*tools("ruff"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict."""
+    session.install("-e", ".[test]", *tools("mypy", "nox", "types-psutil"), env={"SHMCACHE_PURE": "1"})
+    session.run("mypy")
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("mode", ["compiled", "pure"])
+def tests(session: nox.Session, mode: str) -> None:
+    """The test suite. Arguments after `--` go to pytest."""
+    extras = "test,uwsgi"
+    if mode == "compiled":
+        need_compiler(session)
+        env = {"SHMCACHE_REQUIRE_EXTENSION": "1"}
+    else:
+        if missing_for_compiling(session):
+            extras = "test"
+        env = {"SHMCACHE_PURE": "1"}
+    # Editable, so that no child process of a test can import anything but what is tested, wherever it starts.
+    session.install("-e", f".[{extras}]", env=env)
+    is_mode = f"import shmcache; assert shmcache.is_compiled() is {mode == 'compiled'}"
+    session.run("python", "-c", is_mode, env=env)
+    session.run("pytest", *session.posargs, env=env)
+
+
+@nox.session
+def no_compiler(session: nox.Session) -> None:
+    """An install on a machine without a compiler works, and says that it is slow."""
+    no_cc = str(shutil.which("false"))
+    output = session.run("python", "-m", "pip", "install", "--verbose", ".", env={"CC": no_cc}, silent=True)
+    if "This build of shmcache is NOT compiled" not in str(output):
+        session.error("the build did not warn that it is not compiled")
+    smoke(session, "pure")
+
+    session.log("Now the extension is required, so the same build has to fail")
+    required = {"CC": no_cc, "SHMCACHE_REQUIRE_EXTENSION": "1"}
+    output = session.run("python", "-m", "pip", "install", ".", env=required, success_codes=[1], silent=True)
+    if no_cc not in str(output):
+        session.error(f"the build failed, but not for want of a compiler:\n{output}")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The archives hold what they should, and an install from them works in both modes."""
+    need_compiler(session)
+    session.install("build")
+    dist = Path(session.create_tmp(), "dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), env={"SHMCACHE_REQUIRE_EXTENSION": "1"})
+    [sdist] = dist.glob("*.tar.gz")
+    [wheel] = dist.glob("*.whl")
+
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        installed = {name for name in archive.namelist() if name.startswith("shmcache/")}
+    sources = {
+        str(path) for path in Path("shmcache").rglob("*") if path.suffix in (".py", ".pxd") or path.name == "py.typed"
+    }
+    for name, files in ((sdist.name, packed), (wheel.name, installed)):
+        if lacking := sources - files:
+            session.error(f"{name} lacks {', '.join(sorted(lacking))}")
+    if built := [name for name in packed if name.endswith((".c", ".so"))]:
+        session.error(f"{sdist.name} holds what a build made: {', '.join(built)}")
+    extra = {name for name in installed - sources if not name.endswith(".so")}
+    if extra:
+        session.error(f"{wheel.name} holds more than the package: {', '.join(sorted(extra))}")
+
+    session.install(str(wheel))
+    smoke(session, "compiled")
+    smoke(session, "pure", SHMCACHE_PURE="1")
+
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), env={"SHMCACHE_PURE": "1"})
+    if not list(dist.glob("*-py3-none-any.whl")):
+        session.error("a build without extensions is not a wheel for every platform")

@@ -1,0 +1,71 @@
+"""One bounded, expiring cache that all processes of a machine share."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.platform == "win32":
+    raise ImportError(
+        "shmcache needs POSIX shared memory, semaphores and record locks, which Windows does not have: run it on Linux, "
+        "or in WSL 2"
+    )
+
+from shmcache.batch import Batch, Pending
+from shmcache.cache import Cache, parse_size
+from shmcache.codec import Serializer
+from shmcache.engine.store import DEFAULT, is_compiled
+from shmcache.errors import (
+    CacheClosed,
+    CacheNotFound,
+    CorruptSegment,
+    GeometryMismatch,
+    IncompatibleSegment,
+    KeyTooLarge,
+    LockTimeout,
+    SegmentTooLarge,
+    SerializationError,
+    ShmcacheError,
+    TooManyProcesses,
+    ValueTooLarge,
+)
+from shmcache.memoize import CacheInfo
+from shmcache.stats import EntryInfo, ProcessStats, Stats
+from shmcache.version import __version__
+
+__all__ = [
+    "DEFAULT",
+    "Batch",
+    "Cache",
+    "CacheClosed",
+    "CacheInfo",
+    "CacheNotFound",
+    "CorruptSegment",
+    "EntryInfo",
+    "GeometryMismatch",
+    "IncompatibleSegment",
+    "KeyTooLarge",
+    "LockTimeout",
+    "Pending",
+    "ProcessStats",
+    "SegmentTooLarge",
+    "SerializationError",
+    "Serializer",
+    "ShmcacheError",
+    "Stats",
+    "TooManyProcesses",
+    "ValueTooLarge",
+    "__version__",
+    "is_compiled",
+    "parse_size",
+]
+
+if not is_compiled() and os.environ.get("SHMCACHE_PURE", "") in ("", "0"):
+    import warnings
+
+    warnings.warn(
+        "shmcache runs uncompiled, many times slower: install a C compiler and Python's headers (Debian: gcc "
+        "python3-dev) and reinstall, or set SHMCACHE_PURE=1 if this is what you want",
+        RuntimeWarning,
+        stacklevel=2,
+    )

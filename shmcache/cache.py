@@ -1,0 +1,349 @@
+"""`Cache`, the public object: the engine's store, and everything about a cache that is not hot."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+from shmcache import segment
+from shmcache.batch import Batch
+from shmcache.codec import Codec, Serializer
+from shmcache.engine import layout
+from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
+from shmcache.errors import GeometryMismatch
+from shmcache.memoize import Memoized, memoize
+from shmcache.segment import Wish
+from shmcache.stats import EntryInfo, Stats, collect
+
+__all__ = ["Cache", "parse_size"]
+
+log = logging.getLogger("shmcache")
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS[_letter] = _UNITS[_letter + "B"] = _UNITS[_letter + "IB"] = 1024**_power
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
+
+
+def parse_size(size: int | str, name: str = "max_bytes") -> int:
+    """A size in bytes from an int or a string like "64MB" (K, M, G, T are powers of 1,024, with or without B or iB)."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"{name} is an int of bytes or a string like '64MB', not {type(size).__name__} ({size!r})")
+    if isinstance(size, str):
+        match = _SIZE.match(size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"{name}={size!r} is no size: expected a number and a unit, such as '64MB' or '1.5 GiB'")
+        size = int(float(match[1]) * unit)
+    if size <= 0:
+        raise ValueError(f"{name}={size!r}: expected more than 0 bytes")
+    return size
+
+
+class Cache(Store):
+    """A cache that all processes of this machine and user share by its name.
+
+    `Cache(name)` attaches to the live cache of that name, or creates it. Arguments that are given must agree with a
+    live cache, or GeometryMismatch is raised; those not given take its values, or the defaults.
+
+    - `max_bytes`: the size of the whole segment, metadata included; an int, or a string like "256MB" (default 64 MB)
+    - `max_entries`: the most entries it holds (default: one for each 512 bytes)
+    - `default_ttl`: seconds an entry lives if `set` is given no `ttl`; None for no expiry (default: the creator's)
+    - `eviction`: which entry goes when there is no room: "lru"
+    - `shards`: independent parts with a lock each (default: one for each 16 MB and 4,096 entries, at most 16)
+    - `serializer`: "msgpack", "pickle" (never read data that others can write with it), or an object with `dumps` and
+      `loads`
+    - `lock_timeout`: seconds to wait for a lock that a live process holds before LockTimeout is raised
+    - `ephemeral`: remove the cache when the last process has detached or died
+    - `clock`: a function that returns ns, instead of the system's monotonic clock; for tests
+
+    The object may be used by all threads, survives a fork, and can be pickled to a child: both attach by name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_bytes: int | str | None = None,
+        max_entries: int | None = None,
+        default_ttl: float | None | Default = DEFAULT,
+        eviction: str | None = None,
+        shards: int | None = None,
+        serializer: str | Serializer = "msgpack",
+        lock_timeout: float = 5.0,
+        ephemeral: bool = False,
+        clock: Callable[[], int] | None = None,
+        _create: bool = True,
+    ) -> None:
+        codec = Codec(serializer)
+        if isinstance(lock_timeout, bool) or not isinstance(lock_timeout, (int, float)):
+            raise TypeError(f"lock_timeout is a number of seconds, not {type(lock_timeout).__name__}")
+        if not 0 < lock_timeout <= 86_400:
+            raise ValueError(f"lock_timeout={lock_timeout!r}: expected more than 0 seconds and at most a day")
+        super().__init__(codec.encode, codec.decode, lock_timeout, clock)
+        self._wish = Wish(
+            name=name,
+            create=_create,
+            max_bytes=None if max_bytes is None else parse_size(max_bytes),
+            max_entries=_count(max_entries, "max_entries", 1 << 31),
+            shards=_count(shards, "shards", layout.MAX_SHARDS),
+            eviction=_policy(eviction),
+            default_ttl_ns=None if isinstance(default_ttl, Default) else ttl_to_ns(default_ttl, "default_ttl"),
+            ephemeral=ephemeral,
+            timeout=lock_timeout,
+        )
+        self._serializer = serializer
+        self._closed = False
+        self._open()
+
+    @classmethod
+    def attach(cls, name: str, **options: Any) -> Self:
+        """Attach to a live cache; raises CacheNotFound where `Cache(name)` would create one. Takes the same options."""
+        return cls(name, **options, _create=False)
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """A cache as the environment says; `options` are passed on and win.
+
+        CACHE_NAME (default "default"), CACHE_MAX_SIZE (entries), CACHE_TTL (seconds), CACHE_MAX_MEMORY_MB. A bad value
+        is a ValueError that names the variable.
+        """
+        given: dict[str, Any] = {}
+        name = options.pop("name", None) or os.environ.get("CACHE_NAME") or "default"
+        for variable, option, convert in (
+            ("CACHE_MAX_SIZE", "max_entries", int),
+            ("CACHE_TTL", "default_ttl", float),
+            ("CACHE_MAX_MEMORY_MB", "max_bytes", float),
+        ):
+            text = os.environ.get(variable, "").strip()
+            if text and option not in options:
+                given[option] = _from_variable(variable, text, convert)
+        if "max_bytes" in given:
+            given["max_bytes"] = int(given["max_bytes"] * 1024 * 1024)
+        try:
+            segment.check_name(name)
+        except ValueError as error:
+            raise ValueError(f"CACHE_NAME: {error}") from None
+        return cls(name, **{**given, **options})
+
+    # --- the attachment ---------------------------------------------------------------------------------------------
+    def _open(self) -> None:
+        attachment = segment.attach(self._wish)
+        ttl = self._wish.default_ttl_ns
+        self._adopt(attachment, attachment.default_ttl_ns if ttl is None else ttl)
+
+    def _reattach(self) -> None:
+        old = self.attachment
+        log.warning("the files of cache %r were unlinked while in use: attaching to a new one", self.name)
+        wish = self._wish
+        try:
+            self._wish = self._wish_for(old)
+            self._open()
+        except GeometryMismatch:
+            self._wish = wish
+            self._open()
+        finally:
+            self._wish = wish
+        segment.release(old)
+
+    def _wish_for(self, attachment: segment.Attachment) -> Wish:
+        """A wish for a cache like this one."""
+        geometry = attachment.geometry
+        return replace(
+            self._wish,
+            max_bytes=geometry.max_bytes,
+            max_entries=geometry.max_entries,
+            shards=geometry.shards,
+            eviction=geometry.eviction,
+            default_ttl_ns=self.default_ttl_ns,
+            ephemeral=attachment.ephemeral,
+        )
+
+    def close(self) -> None:
+        """Detach. The cache lives on for other processes; this object can no longer be used."""
+        if not self._closed:
+            self._closed = True
+            attachment = self.attachment
+            self._abandon()
+            if attachment is not None:
+                segment.release(attachment)
+
+    def unlink(self) -> None:
+        """Remove the cache from this machine, then close. Other processes that have it attached move to a new one."""
+        if not self._closed:
+            segment.unlink(self.name, self._wish.timeout)
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_open()
+        geometry = self.attachment.geometry
+        options = {
+            "max_bytes": geometry.max_bytes,
+            "max_entries": geometry.max_entries,
+            "shards": geometry.shards,
+            "eviction": geometry.eviction,
+            "default_ttl": self.default_ttl,
+            "serializer": self._serializer,
+            "lock_timeout": self._wish.timeout,
+            "ephemeral": self._wish.ephemeral,
+            "clock": self.clock,
+            "_create": self._wish.create,
+        }
+        return _reopen, (type(self), self.name, options)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.max_bytes} bytes, {self.max_entries} entries"
+        return f"<{type(self).__name__} {self.name!r}: {state}>"
+
+    @property
+    def name(self) -> str:
+        """The name that processes share it by."""
+        return self._wish.name
+
+    @property
+    def max_bytes(self) -> int:
+        """The size of the segment as asked for at creation, bytes."""
+        self._check_open()
+        return int(self.attachment.geometry.max_bytes)
+
+    @property
+    def max_entries(self) -> int:
+        """The most entries it holds."""
+        self._check_open()
+        return int(self.attachment.geometry.max_entries)
+
+    @property
+    def default_ttl(self) -> float | None:
+        """Seconds an entry lives if `set` is given no ttl; None for no expiry."""
+        return self.default_ttl_ns / 1e9 if self.default_ttl_ns else None
+
+    # --- more operations --------------------------------------------------------------------------------------------
+    def get_or_set(self, key: object, factory: Callable[[], Any] | Any, ttl: object = DEFAULT) -> Any:
+        """The value of `key`; if it is missing, `factory()` (or `factory` itself, if not callable) is stored first.
+
+        If another process stores the key while `factory` runs, its value stays and is returned.
+        """
+        value = self.get(key, DEFAULT)
+        if value is not DEFAULT:
+            return value
+        value = factory() if callable(factory) else factory
+        if self.add(key, value, ttl):
+            return value
+        return self.get(key, value)
+
+    def batch(self) -> Batch:
+        """Collects operations of any kind in a `with` block, and performs them at its end, taking each lock once."""
+        self._check_open()
+        return Batch(self)
+
+    def memoize(
+        self, ttl: object = DEFAULT, *, key: Callable[..., Any] | None = None
+    ) -> Callable[[Callable[..., Any]], Memoized]:
+        """A decorator that caches what a function, or a coroutine function, returns for its arguments.
+
+        `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. The
+        decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
+        """
+        if callable(ttl):
+            raise TypeError("memoize takes arguments: write @cache.memoize() rather than @cache.memoize")
+        return functools.partial(memoize, self, ttl, key)
+
+    # --- iteration --------------------------------------------------------------------------------------------------
+    def __iter__(self) -> Iterator[Any]:
+        return self.keys()
+
+    def keys(self, prefix: str | bytes | None = None) -> Iterator[Any]:
+        """The keys, in no order, without a lock; with `prefix`, the str (or bytes) keys that begin with it.
+
+        An entry that is there all the while is seen once; one that comes or goes meanwhile may be missed.
+        """
+        for key, _ in self._walk(False):
+            if prefix is None or (type(key) is type(prefix) and key.startswith(prefix)):
+                yield key
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """The keys and values, as `keys` gives them."""
+        yield from self._walk(True)
+
+    def values(self) -> Iterator[Any]:
+        """The values, as `keys` gives the keys."""
+        for _, value in self._walk(True):
+            yield value
+
+    def _walk(self, values: bool) -> Iterator[tuple[Any, Any]]:
+        position: int | None = 0
+        while position is not None:
+            entries, position = self._scan(position, 256, values)
+            yield from entries
+
+    # --- what it tells about itself ---------------------------------------------------------------------------------
+    def stats(self) -> Stats:
+        """Totals of all processes, sizes, and who is attached."""
+        self._check_open()
+        return collect(self.attachment)
+
+    def info(self, key: object) -> EntryInfo:
+        """What is known about one entry, without counting a hit; raises KeyError if it is missing."""
+        found = self._describe(key)
+        if found is None:
+            raise KeyError(key)
+        version, left, key_bytes, value_bytes, shard = found
+        return EntryInfo(key, left / 1e9 if left else None, version, key_bytes, value_bytes, shard)
+
+    def check(self) -> list[str]:
+        """Compare everything in the segment with everything else, shard by shard; the contradictions, [] for none."""
+        self._check_open()
+        shards = self.attachment.geometry.shards
+        return [f"shard {shard}: {text}" for shard in range(shards) for text in self._inspect(shard, False)]
+
+    def repair(self) -> list[str]:
+        """Make all that follows from the entries anew, dropping those that cannot be proved; what was dropped."""
+        self._check_open()
+        shards = self.attachment.geometry.shards
+        return [f"shard {shard}: {text}" for shard in range(shards) for text in self._inspect(shard, True)]
+
+
+def _reopen(kind: type[Cache], name: str, options: dict[str, Any]) -> Cache:
+    return kind(name, **options)
+
+
+def _count(number: int | None, name: str, most: int) -> int | None:
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} is an int, not {type(number).__name__} ({number!r})")
+    if not 1 <= number <= most:
+        raise ValueError(f"{name}={number!r}: expected 1 to {most:,}")
+    return number
+
+
+def _policy(eviction: str | None) -> str | None:
+    if eviction is not None and eviction not in layout.POLICIES:
+        raise ValueError(f"eviction={eviction!r}: expected one of {', '.join(map(repr, layout.POLICIES))}")
+    return eviction
+
+
+def _from_variable(variable: str, text: str, convert: type[int] | type[float]) -> int | float:
+    kind = "a whole number" if convert is int else "a number"
+    try:
+        value = convert(text)
+    except ValueError:
+        raise ValueError(f"{variable}={text!r}: expected {kind} greater than 0") from None
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{variable}={text!r}: expected {kind} greater than 0")
+    return value

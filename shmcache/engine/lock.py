@@ -1,0 +1,122 @@
+"""Who may change a shard: the lock, and how a dead owner's lock changes hands, live in this file.
+
+The lock is a word that holds its owner's id. An id is a process slot and a generation, and the kernel proves whether
+its process lives (`membership.py`); so a dead owner is told from a slow one, and a live one is never robbed. Waiters
+sleep on a semaphore, never longer than a millisecond at a time, so a lost wake-up costs a millisecond and no more.
+
+    acquire     CAS(word, 0, id); spin a little; waiters += 1; look again; sleep; see whether the owner is dead
+    release     word = 0; if waiters: waiters -= 1, then post     (in this order: a post for nobody is harmless)
+
+A waiter that was woken has been counted out by the one who woke it; one that overslept counts itself out.
+"""
+
+from __future__ import annotations
+
+import time
+
+try:
+    import cython
+except ModuleNotFoundError:
+    from shmcache.engine import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache.engine.layout import *
+    from cython.cimports.shmcache.engine.membership import Member
+    from cython.cimports.shmcache.engine.primitives import *
+else:
+    from shmcache.engine.layout import *
+    from shmcache.engine.membership import Member
+    from shmcache.engine.primitives import *
+
+__all__ = ["Lock"]
+
+
+@cython.final
+@cython.cclass
+class Lock:
+    """The lock of one shard.
+
+    Between threads of one process it excludes as well, as long as whoever holds it does not let another thread run:
+    compiled code keeps the GIL from `acquire` to `release`, uncompiled code adds a thread lock (`shard.py`).
+    """
+
+    def __init__(self, words: memoryview, header: int, member: Member, sleeper: object, guard: object) -> None:
+        self.words = words
+        self.header = header
+        self.member = member
+        self.sleeper = sleeper
+        self.guard = guard
+
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free."""
+        return compare_and_swap(self.words, self.header + S_LOCK, 0, self.member.owner, self.guard)
+
+    def acquire(self, timeout_ns: cython.ulonglong) -> bool:
+        """Take the lock; False when a live process kept it for longer than `timeout_ns`."""
+        return self.try_acquire() or self.wait(timeout_ns)
+
+    def release(self) -> int:
+        """Give the lock back and wake one waiter."""
+        swap(self.words, self.header + S_LOCK, 0)  # a full fence: the waiters must be read after the lock is free
+        if load(self.words, self.header + S_WAITERS):
+            self.wake()
+        return 0
+
+    def wait(self, timeout_ns: cython.ulonglong) -> bool:
+        """`acquire` when the first attempt failed."""
+        holder: cython.ulonglong
+        suspect: cython.ulonglong = 0
+        began: cython.ulonglong = time.monotonic_ns()
+        now: cython.ulonglong = began
+        since: cython.ulonglong = began
+        spin: cython.int
+        taken: cython.bint = False
+        woken: cython.bint
+        while not taken:
+            for spin in range(SPINS):
+                pause()
+                if not load(self.words, self.header + S_LOCK) and self.try_acquire():
+                    taken = True
+                    break
+            if taken:
+                break
+            now = time.monotonic_ns()
+            holder = load_acquire(self.words, self.header + S_LOCK)
+            if holder != suspect:
+                suspect = holder
+                since = now
+            elif holder and now - since > PROBE_NS:
+                if holder != self.member.owner and not self.member.registry.is_alive(holder):
+                    taken = compare_and_swap(self.words, self.header + S_LOCK, holder, self.member.owner, self.guard)
+                    if taken:
+                        self.member.count(C_RECOVERIES, 1)
+                        break
+                since = now
+            if now - began > timeout_ns:
+                break
+            self.add_waiters(1)
+            woken = False
+            try:
+                if load_acquire(self.words, self.header + S_LOCK):
+                    woken = self.sleeper.sleep()
+            finally:
+                if not woken:
+                    self.add_waiters(-1)
+        self.member.count(C_LOCK_WAITS, 1)
+        self.member.count(C_LOCK_WAIT_NS, time.monotonic_ns() - began)
+        return taken
+
+    def wake(self) -> int:
+        if self.add_waiters(-1):
+            self.sleeper.wake()
+        return 0
+
+    def add_waiters(self, by: cython.int) -> bool:
+        """Change the number of waiters, never below 0; False when there were none to take away."""
+        waiters: cython.ulonglong
+        while True:
+            waiters = load(self.words, self.header + S_WAITERS)
+            if by < 0 and not waiters:
+                return False
+            if compare_and_swap(self.words, self.header + S_WAITERS, waiters, wrap(waiters + by), self.guard):
+                return True

@@ -1,0 +1,14 @@
+cdef class Request:
+    cdef int op, status
+    cdef object key_object, body_object, value
+    cdef unsigned char* key
+    cdef unsigned char* body
+    cdef unsigned long long key_size, key_kind, hash
+    cdef unsigned char[::1] small
+    cdef unsigned char[::1] scratch
+    cdef unsigned long long head_size, body_size, value_size
+    cdef unsigned long long expiry, version, slot
+    cdef long long number, initial
+    cdef bint keep_expiry, has_initial
+    cdef int make_room(self, unsigned long long size) except -1
+    cdef void release(self)

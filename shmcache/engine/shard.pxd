@@ -1,0 +1,64 @@
+from shmcache.engine.blocks cimport Blocks
+from shmcache.engine.eviction cimport Lru
+from shmcache.engine.expiry cimport Wheel
+from shmcache.engine.lock cimport Lock
+from shmcache.engine.membership cimport Member
+from shmcache.engine.request cimport Request
+from shmcache.engine.table cimport Table
+
+cdef class Shard:
+    cdef unsigned long long[::1] words
+    cdef unsigned long long header, log, slots_at, slots
+    cdef unsigned long long share, max_entries, max_entry, first_header, stride, shards
+    cdef readonly unsigned long long secret0, secret1
+    cdef unsigned long long region_start, region_end
+    cdef dict mutexes
+    cdef Table table
+    cdef Blocks blocks
+    cdef Lru order
+    cdef Wheel wheel
+    cdef Lock lock
+    cdef Member member
+    cdef unsigned long long at(self, unsigned long long slot) noexcept
+    # reading without the lock
+    cdef int read(self, Request request, unsigned long long now) except -1
+    cdef int read_once(self, Request request, unsigned long long now) noexcept
+    cdef int copy_value(self, Request request, unsigned long long run) noexcept
+    cdef int read_slot(self, Request request, unsigned long long slot, unsigned long long now) noexcept
+    cdef int touch_order(self, Request request) except -1
+    cdef void record_hit_locked(self, Request request) noexcept
+    # the section
+    cdef int run(self, list[Request] requests, unsigned long long now, unsigned long long timeout_ns) except -1
+    cdef int run_one(self, Request request, unsigned long long now, unsigned long long timeout_ns) except -1
+    cdef int enter(self, unsigned long long timeout_ns) except -1
+    cdef int leave(self) except -1
+    cdef object mutex(self)
+    # operations
+    cdef int perform_locked(self, Request request, unsigned long long now) noexcept
+    cdef unsigned long long find_locked(self, Request request) noexcept
+    cdef int put_locked(self, Request request, unsigned long long found, unsigned long long now) noexcept
+    cdef void write_entry(self, Request request) noexcept
+    cdef int insert_locked(self, Request request) noexcept
+    cdef int overwrite_locked(self, Request request, unsigned long long slot) noexcept
+    cdef int touch_locked(self, Request request, unsigned long long slot) noexcept
+    cdef void set_expiry(self, Request request, unsigned long long slot) noexcept
+    cdef void fill_slot(self, Request request, unsigned long long slot) noexcept
+    cdef int remove_locked(self, unsigned long long slot) noexcept
+    cdef unsigned long long evict_locked(self, unsigned long long now) noexcept
+    cdef int expire_locked(self, unsigned long long now, unsigned long long budget) noexcept
+    cdef int purge_locked(self, Request request, unsigned long long now) noexcept
+    cdef int add_locked(self, Request request, unsigned long long found, unsigned long long now) noexcept
+    cdef bint number_locked(self, Request request, unsigned long long slot) noexcept
+    cdef bint is_full_locked(self) noexcept
+    # transactions
+    cdef void begin_locked(self, unsigned long long slot) noexcept
+    cdef void commit_locked(self, unsigned long long slot) noexcept
+    cdef void log_add(self, unsigned long long field, unsigned long long by) noexcept
+    cdef void count_locked(self, unsigned long long field) noexcept
+    cdef void peak_locked(self) noexcept
+    # emptying and recovery
+    cdef int clear_locked(self) noexcept
+    cdef void format_locked(self) noexcept
+    cdef bint is_dirty(self) noexcept
+    cdef int recover_locked(self) except -1
+    cdef void roll_back_locked(self) noexcept

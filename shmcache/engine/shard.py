@@ -1,0 +1,670 @@
+"""One shard, the unit of locking: every operation on its entries, as a reader or as the owner of its lock.
+
+Readers take no lock. They find the slot, copy, and look at the slot's version again; a miss counts when the shard's
+sequence number, which is odd while a chain loses a slot, did not move. After a few collisions they take the lock.
+
+Writers hold the lock from `enter` to `leave`. Every change is a small transaction: `begin_locked` makes the version of
+the one slot whose contents change odd, all stores go through `logged_store`, and emptying the log is the commit. Names
+ending in `_locked` need the lock. When an owner dies, the next one runs `recover_locked`: it rolls the log back, moves
+versions forward, frees what is in limbo, and the shard stands as before the operation or as after it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+try:
+    import cython
+except ModuleNotFoundError:
+    from shmcache.engine import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache.engine.blocks import Blocks
+    from cython.cimports.shmcache.engine.eviction import Lru
+    from cython.cimports.shmcache.engine.expiry import Wheel
+    from cython.cimports.shmcache.engine.layout import *
+    from cython.cimports.shmcache.engine.lock import Lock
+    from cython.cimports.shmcache.engine.membership import Member
+    from cython.cimports.shmcache.engine.primitives import *
+    from cython.cimports.shmcache.engine.request import Request
+    from cython.cimports.shmcache.engine.table import Table
+else:
+    from shmcache.engine.blocks import Blocks
+    from shmcache.engine.eviction import Lru
+    from shmcache.engine.expiry import Wheel
+    from shmcache.engine.layout import *
+    from shmcache.engine.lock import Lock
+    from shmcache.engine.membership import Member
+    from shmcache.engine.primitives import *
+    from shmcache.engine.request import Request
+    from shmcache.engine.table import Table
+
+from shmcache.engine.layout import Geometry
+from shmcache.errors import LockTimeout
+
+__all__ = ["Shard"]
+
+
+@cython.final
+@cython.cclass
+class Shard:
+    """A part of the table with its own lock, eviction order, timer wheel and blocks."""
+
+    def __init__(
+        self,
+        words: memoryview,
+        data: memoryview,
+        geometry: Geometry,
+        number: int,
+        secret: tuple[int, int],
+        member: Member,
+        sleeper: object,
+        guard: object,
+    ) -> None:
+        region = geometry.region(number)
+        self.region_start = region.header
+        self.region_end = region.end
+        self.words = words
+        self.header = region.header
+        self.log = region.log
+        self.slots_at = region.slots
+        self.slots = geometry.slots
+        self.shards = geometry.shards
+        self.max_entries = geometry.max_entries
+        self.share = geometry.max_entries // geometry.shards
+        self.max_entry = geometry.max_entry_bytes
+        self.first_header = geometry.region(0).header
+        self.stride = geometry.region(1).header - self.first_header
+        self.secret0, self.secret1 = secret
+        self.member = member
+        self.mutexes = {}
+        self.table = Table(words, region.header, region.log, region.buckets, region.slots, geometry.slots)
+        self.blocks = Blocks(words, data, region.header, region.log, region.bins, region.blocks, geometry.blocks)
+        self.order = Lru(words, region.header, region.log, region.slots, geometry.slots)
+        self.wheel = Wheel(words, region.header, region.log, region.wheel, region.slots, geometry.slots)
+        self.lock = Lock(words, region.header, member, sleeper, guard)
+
+    def at(self, slot: cython.ulonglong) -> int:
+        """The word index of a slot."""
+        return self.slots_at + slot * SLOT_WORDS
+
+    # --- reading without the lock -----------------------------------------------------------------------------------
+    def read(self, request: Request, now: cython.ulonglong) -> int:
+        """Copy the value of the request's key: DONE, ABSENT, or BUSY after too many collisions."""
+        attempt: cython.int
+        status: cython.int
+        for attempt in range(READ_ATTEMPTS):
+            status = self.read_once(request, now)
+            if status == NO_ROOM:
+                request.make_room(request.value_size)
+                status = self.read_once(request, now)
+            if status != BUSY and status != NO_ROOM:
+                return status
+            self.member.count(C_READ_RETRIES, 1)
+        return BUSY
+
+    def read_once(self, request: Request, now: cython.ulonglong) -> int:
+        """One attempt: DONE, ABSENT, BUSY after a collision, NO_ROOM when `scratch` is shorter than `value_size`."""
+        sequence: cython.ulonglong = load_acquire(self.words, self.header + S_SEQUENCE)
+        link: cython.ulonglong = load_acquire(self.words, self.table.bucket_of(request.hash))
+        tag: cython.ulonglong = high(request.hash)
+        steps: cython.ulonglong = 0
+        word: cython.ulonglong
+        version: cython.ulonglong
+        sizes: cython.ulonglong
+        run: cython.ulonglong
+        status: cython.int
+        while link and steps <= self.slots:
+            word = self.at(low(link) - 1)
+            if high(link) == tag:
+                version = load_acquire(self.words, word + E_VERSION)
+                if version & 1:
+                    return BUSY
+                if load(self.words, word + E_HASH) == request.hash:
+                    sizes = load(self.words, word + E_SIZES)
+                    run = low(load(self.words, word + E_PLACE))
+                    if (
+                        run
+                        and high(sizes) == (request.key_size | request.key_kind << 16)
+                        and self.blocks.matches(run - 1, request.key, request.key_size)
+                    ):
+                        request.value_size = low(sizes)
+                        request.slot = low(link) - 1
+                        request.version = version
+                        request.expiry = load(self.words, word + E_EXPIRY)
+                        status = DONE
+                        if request.expiry == 0 or request.expiry > now:
+                            status = self.copy_value(request, run - 1)
+                        fence_acquire()
+                        if load(self.words, word + E_VERSION) != version:
+                            return BUSY
+                        if request.expiry and request.expiry <= now:
+                            return ABSENT
+                        return status
+                    # Another key of the same hash, or this key's bytes moved while they were compared.
+                    fence_acquire()
+                    if load(self.words, word + E_VERSION) != version:
+                        return BUSY
+            link = load_acquire(self.words, word + E_CHAIN)
+            steps += 1
+        fence_acquire()
+        if sequence & 1 or load(self.words, self.header + S_SEQUENCE) != sequence:
+            return BUSY
+        return ABSENT
+
+    def copy_value(self, request: Request, run: cython.ulonglong) -> int:
+        """Copy the value behind the key into `scratch`, or straight into a bytes object where it is long."""
+        at: cython.ulonglong
+        request.value = None
+        if request.value_size > self.max_entry:
+            return CORRUPT  # or a torn read: the version will tell
+        if request.value_size <= cython.cast(cython.ulonglong, request.scratch.shape[0]):
+            if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
+                return DONE
+            return CORRUPT
+        return NO_ROOM
+
+    def read_slot(self, request: Request, slot: cython.ulonglong, now: cython.ulonglong) -> int:
+        """Copy key and value of whatever a slot holds into `scratch`: DONE, ABSENT, BUSY, NO_ROOM, CORRUPT."""
+        word: cython.ulonglong = self.at(slot)
+        version: cython.ulonglong = load_acquire(self.words, word + E_VERSION)
+        run: cython.ulonglong = low(load(self.words, word + E_PLACE))
+        sizes: cython.ulonglong = load(self.words, word + E_SIZES)
+        size: cython.ulonglong
+        status: cython.int = DONE
+        request.expiry = load(self.words, word + E_EXPIRY)
+        if version & 1:
+            return BUSY
+        if not run or (request.expiry and request.expiry <= now):
+            return ABSENT
+        request.key_size = high(sizes) & 0xFFFF
+        request.key_kind = high(sizes) >> 16
+        request.value_size = low(sizes)
+        request.version = version
+        request.slot = slot
+        size = request.key_size + request.value_size
+        if size > self.max_entry:
+            status = CORRUPT
+        elif size > cython.cast(cython.ulonglong, request.scratch.shape[0]):
+            status = NO_ROOM
+        elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
+            status = CORRUPT
+        fence_acquire()
+        if load(self.words, word + E_VERSION) != version:
+            return BUSY
+        return status
+
+    def touch_order(self, request: Request) -> int:
+        """Record a hit in the eviction order, unless somebody else has the lock: recency is not worth waiting for."""
+        if cython.compiled:
+            if self.lock.try_acquire():
+                if self.is_dirty():
+                    self.recover_locked()
+                self.record_hit_locked(request)
+                self.leave()
+        elif self.mutex().acquire(blocking=False):
+            try:
+                if self.lock.try_acquire():
+                    if self.is_dirty():
+                        self.recover_locked()
+                    self.record_hit_locked(request)
+            finally:
+                self.leave()
+                self.mutex().release()
+        return 0
+
+    def record_hit_locked(self, request: Request) -> None:
+        if load(self.words, self.at(request.slot) + E_VERSION) == request.version:
+            self.order.on_hit(request.slot)
+            store_release(self.words, self.log + L_USED, 0)
+
+    # --- the section ------------------------------------------------------------------------------------------------
+    def run(self, requests: list[Request], now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
+        """Take the lock once and perform the requests, each of them a transaction; raises LockTimeout."""
+        request: Request
+        if cython.compiled:
+            self.enter(timeout_ns)
+            for request in requests:
+                request.status = self.perform_locked(request, now)
+            self.leave()
+        else:
+            # Python code can be interrupted anywhere: `leave` rolls back what was not finished.
+            with self.mutex():
+                try:
+                    self.enter(timeout_ns)
+                    for request in requests:
+                        request.status = self.perform_locked(request, now)
+                finally:
+                    self.leave()
+        return 0
+
+    def run_one(self, request: Request, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
+        """Take the lock and perform one request; its status. Raises LockTimeout."""
+        if cython.compiled:
+            self.enter(timeout_ns)
+            request.status = self.perform_locked(request, now)
+            self.leave()
+        else:
+            self.run([request], now, timeout_ns)
+        return request.status
+
+    def enter(self, timeout_ns: cython.ulonglong) -> int:
+        """Take the lock, and bring the shard in order if the owner before died."""
+        if not cython.compiled and load(self.words, self.header + S_LOCK) == self.member.owner:
+            self.recover_locked()  # the mutex is ours, so this is what an interrupted `leave` of this process left
+            return 0
+        if not self.lock.acquire(timeout_ns):
+            raise LockTimeout(
+                f"a live process has held the lock of a shard for {timeout_ns / 1e9} s (lock_timeout): "
+                f"is it stopped (SIGSTOP, a debugger)? Its line in the process table is "
+                f"{load(self.words, self.header + S_LOCK) >> 48}; `shmcache stats` lists them"
+            )
+        if self.is_dirty():
+            self.recover_locked()
+        return 0
+
+    def leave(self) -> int:
+        """Give the lock back."""
+        if not cython.compiled:
+            if load(self.words, self.header + S_LOCK) != self.member.owner:
+                return 0
+            if self.is_dirty():
+                self.recover_locked()
+        return self.lock.release()
+
+    def mutex(self) -> threading.Lock:
+        """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
+        mutex: threading.Lock = self.mutexes.setdefault(os.getpid(), threading.Lock())
+        return mutex
+
+    # --- operations -------------------------------------------------------------------------------------------------
+    def perform_locked(self, request: Request, now: cython.ulonglong) -> int:
+        """Perform one request; how it ended."""
+        found: cython.ulonglong
+        expiry: cython.ulonglong
+        op: cython.int = request.op
+        if op == OP_CLEAR:
+            return self.clear_locked()
+        if op == OP_PURGE:
+            return self.purge_locked(request, now)
+        if op == OP_READ:
+            return self.read_once(request, now)
+        self.expire_locked(now, SWEEP)
+        found = self.find_locked(request)
+        if found:
+            expiry = load(self.words, self.at(found - 1) + E_EXPIRY)
+            if expiry and expiry <= now:
+                if self.remove_locked(found - 1) != DONE:
+                    return CORRUPT
+                self.count_locked(S_EXPIRATIONS)
+                found = 0
+        if op == OP_ADD and found:
+            return PRESENT
+        if op == OP_INCR:
+            return self.add_locked(request, found, now)
+        if not found and op >= OP_REPLACE:
+            return ABSENT
+        if (op == OP_CAS or op == OP_DELETE_VERSION) and (
+            load(self.words, self.at(found - 1) + E_VERSION) != request.version
+        ):
+            return CONFLICT
+        if op == OP_DELETE or op == OP_DELETE_VERSION:
+            return self.remove_locked(found - 1)
+        if op == OP_TOUCH:
+            return self.touch_locked(request, found - 1)
+        return self.put_locked(request, found, now)
+
+    def find_locked(self, request: Request) -> int:
+        """The slot of the request's key plus 1, expired or not; 0 if there is none."""
+        link: cython.ulonglong = load(self.words, self.table.bucket_of(request.hash))
+        tag: cython.ulonglong = high(request.hash)
+        steps: cython.ulonglong = 0
+        word: cython.ulonglong
+        run: cython.ulonglong
+        while link and steps <= self.slots:
+            word = self.at(low(link) - 1)
+            if high(link) == tag and load(self.words, word + E_HASH) == request.hash:
+                run = low(load(self.words, word + E_PLACE))
+                if (
+                    run
+                    and high(load(self.words, word + E_SIZES)) == (request.key_size | request.key_kind << 16)
+                    and self.blocks.matches(run - 1, request.key, request.key_size)
+                ):
+                    return low(link) if low(link) <= self.slots else 0
+            link = load(self.words, word + E_CHAIN)
+            steps += 1
+        return 0
+
+    def put_locked(self, request: Request, found: cython.ulonglong, now: cython.ulonglong) -> int:
+        """Store the request's value: in the slot `found - 1`, or a new one if 0. Evicts as far as needed."""
+        size: cython.ulonglong = request.key_size + request.head_size + request.body_size
+        blocks: cython.ulonglong = (size + RUN_HEADER_BYTES + BLOCK_BYTES - 1) // BLOCK_BYTES
+        victim: cython.ulonglong
+        if size > self.max_entry:
+            return TOO_LARGE
+        if found:
+            self.order.on_hit(found - 1)  # the entry being replaced shall be the last to be evicted for it
+            store_release(self.words, self.log + L_USED, 0)
+        else:
+            while self.is_full_locked():
+                if not self.evict_locked(now):
+                    return CORRUPT
+        while True:
+            while load(self.words, self.header + S_FREE_BLOCKS) < blocks:
+                victim = self.evict_locked(now)
+                if not victim:
+                    return CORRUPT
+                if victim == found:
+                    found = 0
+            if self.blocks.reserve(size):
+                break
+            # So many pieces that their headers took the room: give them back and free that much more.
+            blocks = (size - self.blocks.reserved) // BLOCK_BYTES + 1
+            if not self.blocks.drain():
+                return CORRUPT
+            blocks += load(self.words, self.header + S_FREE_BLOCKS)
+        self.write_entry(request)
+        if found:
+            return self.overwrite_locked(request, found - 1)
+        return self.insert_locked(request)
+
+    def write_entry(self, request: Request) -> None:
+        """Write key and value into limbo, where nobody looks."""
+        run: cython.ulonglong = load(self.words, self.header + S_LIMBO) - 1
+        self.blocks.write(run, 0, request.key, request.key_size)
+        self.blocks.write(run, request.key_size, pointer(request.small, HEAD_AT, request.head_size), request.head_size)
+        self.blocks.write(run, request.key_size + request.head_size, request.body, request.body_size)
+        fence_release()
+
+    def insert_locked(self, request: Request) -> int:
+        """Give what is in limbo a slot."""
+        slot: cython.ulonglong = load(self.words, self.header + S_FREE_SLOT)
+        word: cython.ulonglong
+        if not slot or slot > self.slots:
+            return CORRUPT
+        slot -= 1
+        word = self.at(slot)
+        self.begin_locked(slot)
+        self.table.take_free()
+        logged_store(self.words, self.log, word + E_HASH, request.hash)
+        logged_store(self.words, self.log, word + E_EXPIRY, request.expiry)
+        self.fill_slot(request, slot)
+        logged_store(self.words, self.log, self.header + S_LIMBO, 0)
+        self.table.link(slot, request.hash)
+        self.order.on_insert(slot)
+        if request.expiry:
+            self.wheel.on_insert(slot)
+        self.log_add(S_ENTRIES, 1)
+        self.log_add(S_USED_BYTES, request.key_size + request.head_size + request.body_size)
+        self.commit_locked(slot)
+        self.peak_locked()
+        return DONE
+
+    def overwrite_locked(self, request: Request, slot: cython.ulonglong) -> int:
+        """Swap what is in limbo with what the slot has, then free that."""
+        word: cython.ulonglong = self.at(slot)
+        before: cython.ulonglong = low(load(self.words, word + E_PLACE))
+        size: cython.ulonglong = request.key_size + low(load(self.words, word + E_SIZES))
+        self.begin_locked(slot)
+        if not request.keep_expiry:
+            self.set_expiry(request, slot)
+        self.fill_slot(request, slot)
+        logged_store(self.words, self.log, self.header + S_LIMBO, before)
+        self.log_add(S_USED_BYTES, wrap(request.key_size + request.head_size + request.body_size - size))
+        self.commit_locked(slot)
+        self.peak_locked()
+        return DONE if self.blocks.drain() else CORRUPT
+
+    def touch_locked(self, request: Request, slot: cython.ulonglong) -> int:
+        """Give the slot the request's expiry."""
+        self.begin_locked(slot)
+        self.set_expiry(request, slot)
+        self.order.on_hit(slot)
+        self.commit_locked(slot)
+        return DONE
+
+    def set_expiry(self, request: Request, slot: cython.ulonglong) -> None:
+        word: cython.ulonglong = self.at(slot) + E_EXPIRY
+        if load(self.words, word):
+            self.wheel.on_remove(slot)
+        logged_store(self.words, self.log, word, request.expiry)
+        if request.expiry:
+            self.wheel.on_insert(slot)
+
+    def fill_slot(self, request: Request, slot: cython.ulonglong) -> None:
+        """Make the slot own the chain in limbo."""
+        word: cython.ulonglong = self.at(slot)
+        place: cython.ulonglong = load(self.words, word + E_PLACE)
+        logged_store(
+            self.words,
+            self.log,
+            word + E_SIZES,
+            pack(request.key_size | request.key_kind << 16, request.head_size + request.body_size),
+        )
+        logged_store(self.words, self.log, word + E_PLACE, with_low(place, load(self.words, self.header + S_LIMBO)))
+
+    def remove_locked(self, slot: cython.ulonglong) -> int:
+        """Take an entry out, then free its runs."""
+        word: cython.ulonglong = self.at(slot)
+        sizes: cython.ulonglong = load(self.words, word + E_SIZES)
+        sequence: cython.ulonglong = load(self.words, self.header + S_SEQUENCE)
+        if slot >= self.slots:
+            return CORRUPT
+        store(self.words, self.header + S_SEQUENCE, sequence | 1)
+        self.begin_locked(slot)
+        if not self.table.unlink(slot):
+            self.roll_back_locked()
+            return CORRUPT
+        self.order.on_remove(slot)
+        if load(self.words, word + E_EXPIRY):
+            self.wheel.on_remove(slot)
+        logged_store(self.words, self.log, self.header + S_LIMBO, low(load(self.words, word + E_PLACE)))
+        self.table.give_free(slot)
+        self.log_add(S_ENTRIES, wrap(-1))
+        self.log_add(S_USED_BYTES, wrap(0 - (high(sizes) & 0xFFFF) - low(sizes)))
+        self.commit_locked(slot)
+        store_release(self.words, self.header + S_SEQUENCE, (sequence | 1) + 1)
+        return DONE if self.blocks.drain() else CORRUPT
+
+    def evict_locked(self, now: cython.ulonglong) -> int:
+        """Remove an expired entry if one is found, otherwise the policy's victim; its slot plus 1, 0 for none."""
+        slot: cython.ulonglong = self.wheel.next_expired(now, EVICTION_SWEEP)
+        counter: cython.ulonglong = S_EXPIRATIONS
+        if not slot:
+            slot = self.order.victim()
+            counter = S_EVICTIONS
+        if not slot or self.remove_locked(slot - 1) != DONE:
+            return 0
+        self.count_locked(counter)
+        return slot
+
+    def expire_locked(self, now: cython.ulonglong, budget: cython.ulonglong) -> int:
+        """Remove expired entries, looking at no more than `budget` for each; how many."""
+        slot: cython.ulonglong
+        removed: cython.int = 0
+        while removed < cython.cast(cython.int, budget):
+            slot = self.wheel.next_expired(now, budget)
+            if not slot or self.remove_locked(slot - 1) != DONE:
+                break
+            self.count_locked(S_EXPIRATIONS)
+            removed += 1
+        return removed
+
+    def purge_locked(self, request: Request, now: cython.ulonglong) -> int:
+        """Remove up to PURGE_BATCH expired entries, their number in `request.number`; BUSY if there may be more."""
+        slot: cython.ulonglong
+        request.number = 0
+        while request.number < PURGE_BATCH:
+            slot = self.wheel.next_expired(now, self.slots + WHEEL_LISTS)
+            if not slot:
+                return DONE
+            if self.remove_locked(slot - 1) != DONE:
+                return CORRUPT
+            self.count_locked(S_EXPIRATIONS)
+            request.number += 1
+        return BUSY
+
+    def add_locked(self, request: Request, found: cython.ulonglong, now: cython.ulonglong) -> int:
+        """Add `request.number` to the stored integer, or to `request.initial`; the sum is left in `request.number`."""
+        if found:
+            if not self.number_locked(request, found - 1):
+                return NOT_A_NUMBER
+        elif not request.has_initial:
+            return ABSENT
+        if add_overflows(request.initial, request.number):
+            return OUT_OF_RANGE
+        request.number += request.initial
+        request.head_size = write_number(request.small, HEAD_AT, 0xD3, wrap(request.number), 8)  # msgpack's int 64
+        request.body_size = 0
+        request.keep_expiry = True
+        return self.put_locked(request, found, now)
+
+    def number_locked(self, request: Request, slot: cython.ulonglong) -> bool:
+        """Put the slot's value into `request.initial`, if it is an integer of at most 64 signed bits."""
+        size: cython.ulonglong = low(load(self.words, self.at(slot) + E_SIZES))
+        run: cython.ulonglong = low(load(self.words, self.at(slot) + E_PLACE)) - 1
+        mark: cython.ulonglong
+        number: cython.ulonglong
+        bits: cython.ulonglong
+        if size > 9 or not self.blocks.read(run, request.key_size, request.scratch, 0, size):
+            return False
+        mark = read_number(request.scratch, 0, 1)
+        if size == 1 and (mark < 0x80 or mark >= 0xE0):  # the small integers of msgpack
+            request.initial = as_signed(mark if mark < 0x80 else wrap(mark - 256))
+            return True
+        if size == 1 or mark < 0xCC or mark > 0xD3:
+            return False
+        number = read_number(request.scratch, 1, size - 1)
+        bits = (size - 1) * 8
+        if mark == 0xCF and number >> 63:
+            return False
+        if mark >= 0xD0 and bits < 64 and number >> (bits - 1):
+            number = wrap(number - bit(bits))
+        request.initial = as_signed(number)
+        return True
+
+    def is_full_locked(self) -> bool:
+        """Whether a new entry needs another one to go first."""
+        here: cython.ulonglong = load(self.words, self.header + S_ENTRIES)
+        shard: cython.ulonglong
+        total: cython.ulonglong = 0
+        if not load(self.words, self.header + S_FREE_SLOT):
+            return True
+        # Shards have slots to spare; as long as this one is well below its share, all of them are below the bound.
+        if self.shards == 1 or here + (self.slots - self.share) < self.share:
+            return False
+        for shard in range(self.shards):
+            total += load(self.words, self.first_header + shard * self.stride + S_ENTRIES)
+        return total >= self.max_entries
+
+    # --- transactions -----------------------------------------------------------------------------------------------
+    def begin_locked(self, slot: cython.ulonglong) -> None:
+        """Announce that the contents of a slot change: readers of it wait, recovery knows which."""
+        stamp: cython.ulonglong = load(self.words, self.header + S_STAMP) + 2
+        store(self.words, self.header + S_STAMP, stamp)
+        store(self.words, self.header + S_SUBJECT, slot + 1)
+        store(self.words, self.at(slot) + E_VERSION, stamp - 1)
+        fence_release()
+
+    def commit_locked(self, slot: cython.ulonglong) -> None:
+        """Empty the log, which makes the transaction true, and only then let readers see it."""
+        store_release(self.words, self.log + L_USED, 0)
+        store_release(self.words, self.at(slot) + E_VERSION, load(self.words, self.header + S_STAMP))
+        store(self.words, self.header + S_SUBJECT, 0)
+
+    def log_add(self, field: cython.ulonglong, by: cython.ulonglong) -> None:
+        """Add to a word of the header, as part of the transaction."""
+        word: cython.ulonglong = self.header + field
+        logged_store(self.words, self.log, word, wrap(load(self.words, word) + by))
+
+    def count_locked(self, field: cython.ulonglong) -> None:
+        """Count something in the header; a statistic, not part of the transaction."""
+        word: cython.ulonglong = self.header + field
+        store(self.words, word, load(self.words, word) + 1)
+
+    def peak_locked(self) -> None:
+        entries: cython.ulonglong = load(self.words, self.header + S_ENTRIES)
+        used: cython.ulonglong = load(self.words, self.header + S_USED_BYTES)
+        if entries > load(self.words, self.header + S_PEAK_ENTRIES):
+            store(self.words, self.header + S_PEAK_ENTRIES, entries)
+        if used > load(self.words, self.header + S_PEAK_BYTES):
+            store(self.words, self.header + S_PEAK_BYTES, used)
+
+    # --- emptying ---------------------------------------------------------------------------------------------------
+    def clear_locked(self) -> int:
+        """Remove every entry. The state word is the commit: whoever gets the lock after a death finishes the work."""
+        store(self.words, self.header + S_SEQUENCE, load(self.words, self.header + S_SEQUENCE) | 1)
+        store(self.words, self.header + S_STATE, STATE_CLEARING)
+        self.format_locked()
+        return DONE
+
+    def format_locked(self) -> None:
+        """Make the shard empty, whatever it holds."""
+        number: cython.ulonglong
+        fence_release()
+        self.table.format_free()
+        self.blocks.format_free()
+        for number in range(WHEEL_LISTS):
+            store(self.words, self.wheel.lists + number, 0)
+        store(self.words, self.header + S_ORDER, 0)
+        store(self.words, self.header + S_ENTRIES, 0)
+        store(self.words, self.header + S_USED_BYTES, 0)
+        store(self.words, self.header + S_HAND, 0)
+        store(self.words, self.header + S_CURSOR, 0)
+        store_release(self.words, self.header + S_STATE, STATE_READY)
+        store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
+
+    def format(self) -> None:
+        """Lay out a new shard, before anybody else can see it."""
+        store(self.words, self.header + S_STATE, STATE_CLEARING)
+        self.format_locked()
+
+    # --- recovery ---------------------------------------------------------------------------------------------------
+    def is_dirty(self) -> bool:
+        """Whether the last owner of the lock left something unfinished."""
+        return (
+            load(self.words, self.header + S_SUBJECT)
+            | load(self.words, self.header + S_LIMBO)
+            | load(self.words, self.header + S_STATE)
+            | load(self.words, self.log + L_USED)
+            | (load(self.words, self.header + S_SEQUENCE) & 1)
+        ) != 0
+
+    def recover_locked(self) -> int:
+        """Undo what a dead owner began and finish what it had committed. May die itself: the next one starts over."""
+        state: cython.ulonglong = load(self.words, self.header + S_STATE)
+        if state == STATE_READY:
+            self.roll_back_locked()
+            self.blocks.drain()
+        elif state == STATE_CLEARING:
+            self.format_locked()
+        else:
+            from shmcache.engine.repair import rebuild_locked
+
+            rebuild_locked(self)
+        return 0
+
+    def roll_back_locked(self) -> None:
+        """Put the old values back, newest first, and move the versions that readers may have seen forward."""
+        used: cython.ulonglong = load(self.words, self.log + L_USED)
+        subject: cython.ulonglong
+        entry: cython.ulonglong
+        word: cython.ulonglong
+        stamp: cython.ulonglong
+        if used > LOG_ENTRIES:
+            used = LOG_ENTRIES
+        while used:
+            used -= 1
+            entry = self.log + L_ENTRIES + 2 * used
+            word = load(self.words, entry)
+            if self.region_start <= word < self.region_end:
+                store(self.words, word, load(self.words, entry + 1))
+        store_release(self.words, self.log + L_USED, 0)
+        subject = load(self.words, self.header + S_SUBJECT)
+        if subject and subject <= self.slots:
+            stamp = load(self.words, self.header + S_STAMP) + 2
+            store(self.words, self.header + S_STAMP, stamp)
+            store_release(self.words, self.at(subject - 1) + E_VERSION, stamp)
+        store(self.words, self.header + S_SUBJECT, 0)
+        store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)

@@ -1,0 +1,45 @@
+"""What `import cython` gives where Cython is not installed: just enough for the engine's sources to run uncompiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = [
+    "boundscheck",
+    "cast",
+    "cclass",
+    "ccall",
+    "cfunc",
+    "compiled",
+    "exceptval",
+    "final",
+    "freelist",
+    "inline",
+    "nogil",
+]
+
+T = TypeVar("T")
+
+compiled = False
+
+# Types: annotations only, never called.
+bint = uchar = uint = ulonglong = longlong = Py_ssize_t = p_uchar = p_char = double = object
+
+
+def _unchanged(thing: T) -> T:
+    return thing
+
+
+cclass = ccall = cfunc = final = inline = nogil = _unchanged
+
+
+def exceptval(*_args: Any, **_options: Any) -> Callable[[T], T]:
+    return _unchanged
+
+
+freelist = boundscheck = exceptval
+
+
+def cast(_type: Any, value: T, **_options: Any) -> T:
+    return value

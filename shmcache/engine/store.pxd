@@ -1,0 +1,34 @@
+from shmcache.engine.membership cimport Member
+from shmcache.engine.request cimport Request
+from shmcache.engine.shard cimport Shard
+
+cdef class Store:
+    cdef public object attachment
+    cdef readonly object clock
+    cdef object encode_value, decode_value
+    cdef list shards
+    cdef unsigned long long shard_count, secret0, secret1
+    cdef unsigned long long epoch, next_check
+    cdef readonly unsigned long long default_ttl_ns
+    cdef unsigned long long timeout_ns
+    cdef Member member
+    cdef Request spare
+    cdef unsigned long long now(self) except? 0
+    cdef Request take(self)
+    cdef void give(self, Request request)
+    cdef unsigned long long shard_number(self, Request request) noexcept
+    cdef Shard shard_of(self, Request request)
+    cdef int set_key(self, Request request, object key) except -1
+    cdef int set_value(self, Request request, object value) except -1
+    cdef int set_text(self, Request request, str value) except -1
+    cdef int set_bytes(self, Request request, bytes value) except -1
+    cdef void set_integer(self, Request request, long long value)
+    cdef int set_ttl(self, Request request, object ttl, unsigned long long now) except -1
+    cdef object value_of(self, Request request)
+    cdef object key_of(self, Request request)
+    cdef int find(self, Request request, object key) except -1
+    cdef int change(self, Request request, int op, unsigned long long now) except -1
+    cdef int read_locked(self, Request request, Shard shard, unsigned long long now) except -1
+    cdef int raise_for(self, int status) except -1
+    cdef int put(self, int op, object key, object value, object ttl, unsigned long long version) except -1
+    cdef int set_step(self, Request request, object delta, object initial) except -1

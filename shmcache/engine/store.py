@@ -1,0 +1,756 @@
+"""The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
+
+Here keys and scalars become bytes, the clock is read, the shard is chosen and hits are counted; `shard.py` does the
+rest. A `get` goes: `now`, `set_key`, `Shard.read`, `value_of`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+try:
+    import cython
+except ModuleNotFoundError:
+    from shmcache.engine import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache.engine.layout import *
+    from cython.cimports.shmcache.engine.membership import Member
+    from cython.cimports.shmcache.engine.primitives import *
+    from cython.cimports.shmcache.engine.request import Request
+    from cython.cimports.shmcache.engine.shard import Shard
+else:
+    from shmcache.engine.layout import *
+    from shmcache.engine.membership import Member
+    from shmcache.engine.primitives import *
+    from shmcache.engine.request import Request
+    from shmcache.engine.shard import Shard
+
+from shmcache.codec import decode_key, encode_key
+from shmcache.engine.repair import check_locked, rebuild_locked
+from shmcache.errors import (
+    CacheClosed,
+    CorruptSegment,
+    KeyTooLarge,
+    LockTimeout,
+    SerializationError,
+    ValueTooLarge,
+)
+
+__all__ = ["DEFAULT", "Default", "Store", "is_compiled", "ttl_to_ns"]
+
+
+class Default:
+    """The type of `DEFAULT`, which stands for an argument that was not given where None means something else."""
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+    def __reduce__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT = Default()
+
+MAX_TTL_NS = 1 << 62  # 146 years
+CLOSED = 0  # an epoch that no process has
+
+watch_forks()
+
+
+def is_compiled() -> bool:
+    """Whether the compiled engine runs, rather than its sources."""
+    return bool(cython.compiled)
+
+
+def ttl_to_ns(ttl: object, name: str = "ttl") -> int:
+    """A time to live in seconds as ns, None as 0; raises TypeError or ValueError for anything but a positive number."""
+    if ttl is None:
+        return 0
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        raise TypeError(f"{name} is a number of seconds or None for no expiry, not {type(ttl).__name__} ({ttl!r})")
+    if not 0 < ttl < float("inf"):
+        raise ValueError(f"{name}={ttl!r}: expected a positive, finite number of seconds, or None for no expiry")
+    nanoseconds = int(ttl * 1_000_000_000)
+    if nanoseconds > MAX_TTL_NS:
+        raise ValueError(f"{name}={ttl!r} is longer than 146 years: use None for no expiry")
+    return nanoseconds or 1
+
+
+@cython.cclass
+class Store:
+    """The hot operations of a cache on one attachment. `Cache` adds everything else.
+
+    `clock` returns ns and replaces the system's monotonic clock, for tests. A subclass provides `_reattach`, called
+    when the files were unlinked, and receives the objects of the attachment through `_adopt`.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[object], bytes],
+        decode: Callable[[bytes], object],
+        lock_timeout: float,
+        clock: Callable[[], int] | None,
+    ) -> None:
+        self.encode_value = encode
+        self.decode_value = decode
+        self.timeout_ns = int(lock_timeout * 1e9)
+        self.clock = clock
+        self.spare = None
+        self.attachment = None
+        self.shards = []
+        self.epoch = CLOSED
+
+    def _adopt(self, attachment: Any, default_ttl_ns: int) -> None:
+        """Work on this attachment from now on."""
+        self.attachment = attachment
+        self.shards = attachment.shards
+        self.shard_count = len(attachment.shards)
+        self.secret0, self.secret1 = attachment.secret
+        self.member = attachment.member
+        self.default_ttl_ns = default_ttl_ns
+        self.epoch = process_epoch()
+        self.next_check = (now_ns() if self.clock is None else self.clock()) + CHECK_NS
+
+    def _check_open(self) -> None:
+        """Raise CacheClosed after `close`, and see to forks and unlinked files as every operation does."""
+        self.now()
+
+    def _abandon(self) -> None:
+        """Work on nothing: every operation raises CacheClosed."""
+        self.epoch = CLOSED
+        self.attachment = None
+        self.member = Member(memoryview(bytearray(64)).cast("Q"), None)  # for a thread that is in an operation
+        self.shards = []
+
+    def _reattach(self) -> None:
+        raise NotImplementedError
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+    def get(self, key: object, default: Any = None) -> Any:
+        """The value of `key`, or `default` if it is missing or expired. A stored None is a hit."""
+        request: Request = self.take()
+        if self.find(request, key):
+            default = self.value_of(request)
+        self.give(request)
+        return default
+
+    def gets(self, key: object, default: Any = None) -> tuple[Any, int | None]:
+        """The value of `key` and its version for `cas`; `(default, None)` if it is missing."""
+        request: Request = self.take()
+        answer = (default, None)
+        if self.find(request, key):
+            answer = (self.value_of(request), request.version)
+        self.give(request)
+        return answer
+
+    def get_many(self, keys: Iterable[object]) -> dict[Any, Any]:
+        """The values of those of `keys` that are present."""
+        request: Request = self.take()
+        found = {}
+        for key in keys:
+            if self.find(request, key):
+                found[key] = self.value_of(request)
+        self.give(request)
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        request: Request = self.take()
+        found: cython.bint = self.find(request, key)
+        self.give(request)
+        return found
+
+    def __getitem__(self, key: object) -> Any:
+        request: Request = self.take()
+        if not self.find(request, key):
+            self.give(request)
+            raise KeyError(key)
+        value = self.value_of(request)
+        self.give(request)
+        return value
+
+    def ttl(self, key: object) -> float | None:
+        """Seconds until `key` expires, None if it never does; raises KeyError if it is missing."""
+        request: Request = self.take()
+        if not self.find(request, key):
+            self.give(request)
+            raise KeyError(key)
+        expiry: cython.ulonglong = request.expiry
+        self.give(request)
+        return (expiry - self.now()) / 1e9 if expiry else None
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+    def set(self, key: object, value: object, ttl: object = DEFAULT) -> None:
+        """Store `value` under `key` for `ttl` seconds (default: the cache's `default_ttl`; None: until evicted).
+
+        Raises SerializationError, KeyTooLarge, ValueTooLarge (what was stored before is kept), LockTimeout.
+        """
+        self.put(OP_SET, key, value, ttl, 0)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.put(OP_SET, key, value, DEFAULT, 0)
+
+    def add(self, key: object, value: object, ttl: object = DEFAULT) -> bool:
+        """Store `value` only if `key` is missing; whether it was stored."""
+        return self.put(OP_ADD, key, value, ttl, 0) == DONE
+
+    def replace(self, key: object, value: object, ttl: object = DEFAULT) -> bool:
+        """Store `value` only if `key` is present; whether it was stored."""
+        return self.put(OP_REPLACE, key, value, ttl, 0) == DONE
+
+    def cas(self, key: object, value: object, version: int, ttl: object = DEFAULT) -> bool:
+        """Store `value` only if the entry still has the version that `gets` gave; whether it was stored."""
+        if version is None:
+            return False
+        return self.put(OP_CAS, key, value, ttl, version) == DONE
+
+    def delete(self, key: object) -> bool:
+        """Remove `key`; whether it was present."""
+        request: Request = self.take()
+        now: cython.ulonglong = self.now()
+        self.set_key(request, key)
+        deleted: cython.bint = self.change(request, OP_DELETE, now) == DONE
+        if deleted:
+            self.member.count(C_DELETES, 1)
+        self.give(request)
+        return deleted
+
+    def __delitem__(self, key: object) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def pop(self, key: object, default: Any = DEFAULT) -> Any:
+        """Remove `key` and return its value: exactly one of several callers gets it. Without `default`, raises KeyError."""
+        request: Request = self.take()
+        now: cython.ulonglong
+        while self.find(request, key):
+            value = self.value_of(request)
+            now = self.now()
+            if self.change(request, OP_DELETE_VERSION, now) == DONE:
+                self.member.count(C_DELETES, 1)
+                self.give(request)
+                return value
+        self.give(request)
+        if default is DEFAULT:
+            raise KeyError(key)
+        return default
+
+    def touch(self, key: object, ttl: object = DEFAULT) -> bool:
+        """Give `key` a new time to live, counted from now; whether it was present. Its version becomes another."""
+        request: Request = self.take()
+        now: cython.ulonglong = self.now()
+        self.set_key(request, key)
+        self.set_ttl(request, ttl, now)
+        touched: cython.bint = self.change(request, OP_TOUCH, now) == DONE
+        self.give(request)
+        return touched
+
+    def incr(self, key: object, delta: int = 1, initial: int | None = None, ttl: object = DEFAULT) -> int:
+        """Add `delta` to the integer under `key`, atomically, and return the sum; the entry keeps its time to live.
+
+        A missing key is stored as `initial + delta` with `ttl`, or raises KeyError without `initial`. Raises TypeError
+        if the value is no integer, OverflowError if value or sum does not fit 64 signed bits.
+        """
+        request: Request = self.take()
+        now: cython.ulonglong = self.now()
+        status: cython.int
+        self.set_key(request, key)
+        self.set_ttl(request, ttl, now)
+        self.set_step(request, delta, initial)
+        status = self.change(request, OP_INCR, now)
+        if status != DONE:
+            raise self.incr_error(key, status)
+        self.member.count(C_SETS, 1)
+        number: cython.longlong = request.number
+        self.give(request)
+        return number
+
+    def decr(self, key: object, delta: int = 1, initial: int | None = None, ttl: object = DEFAULT) -> int:
+        """`incr` by `-delta`."""
+        return self.incr(key, -delta, initial, ttl)
+
+    def set_step(self, request: Request, delta: object, initial: object) -> int:
+        """Fill in what `incr` adds, and to what if the key is missing."""
+        request.number = _integer(delta, "delta")
+        request.has_initial = initial is not None
+        request.initial = 0 if initial is None else _integer(initial, "initial")
+        return 0
+
+    def incr_error(self, key: object, status: int) -> Exception:
+        """Why `incr` failed."""
+        if status == NOT_A_NUMBER:
+            return TypeError(f"the value of {key!r} is not an integer of 64 signed bits: incr and decr need one")
+        if status == OUT_OF_RANGE:
+            return OverflowError(f"the sum for {key!r} does not fit 64 signed bits: the value is unchanged")
+        return KeyError(key)
+
+    # --- many at once -----------------------------------------------------------------------------------------------
+    def set_many(self, mapping: Mapping[Any, object], ttl: object = DEFAULT) -> None:
+        """Store every item; takes each shard's lock once. Nothing is stored if one of them cannot be serialized."""
+        requests = []
+        now: cython.ulonglong = self.now()
+        request: Request
+        for key, value in mapping.items():
+            requests.append(self._prepare(OP_SET, key, value, ttl, now))
+        self._run_all(requests, now)
+        self.member.count(C_SETS, len(requests))
+
+    def delete_many(self, keys: Iterable[object]) -> int:
+        """Remove the keys, taking each shard's lock once; how many were present."""
+        requests = []
+        now: cython.ulonglong = self.now()
+        deleted: cython.ulonglong = 0
+        request: Request
+        for key in keys:
+            requests.append(self._prepare(OP_DELETE, key, None, None, now))
+        self._run_all(requests, now)
+        for request in requests:
+            deleted += request.status == DONE
+        self.member.count(C_DELETES, deleted)
+        return deleted
+
+    def _prepare(self, op: int, key: object, value: object, ttl: object, now: int) -> Request:
+        """A request of its own for `_run_all`."""
+        request: Request = Request()
+        request.op = op
+        self.set_key(request, key)
+        if op == OP_INCR:
+            delta, initial = value
+            self.set_step(request, delta, initial)
+        elif op <= OP_CAS:
+            self.set_value(request, value)
+        if op <= OP_CAS or op == OP_TOUCH:
+            self.set_ttl(request, ttl, now)
+        return request
+
+    def _run_all(self, requests: list[Request], now: int) -> None:
+        """Perform prepared requests, in order within a shard, taking each shard's lock once."""
+        request: Request
+        shard: Shard
+        groups: list[Any] = [[] for _ in self.shards]
+        for request in requests:
+            groups[self.shard_number(request)].append(request)
+        for number, group in enumerate(groups):
+            if group:
+                shard = self.shards[number]
+                shard.run(group, now, self.timeout_ns)
+        for request in requests:
+            self.raise_for(request.status)
+
+    def _perform(self, operations: list[tuple[int, object, object, object]]) -> list[tuple[int, Any]]:
+        """Perform (op, key, value, ttl) each, in order within a shard: status and result, or an exception as result.
+
+        OP_READ gives the value. OP_INCR has (delta, initial) as its value, and gives the sum.
+        """
+        now: cython.ulonglong = self.now()
+        requests = [self._prepare(op, key, value, ttl, now) for op, key, value, ttl in operations]
+        request: Request
+        outcomes: list[tuple[int, Any]] = []
+        self._run_all(requests, now)
+        for request, operation in zip(requests, operations, strict=True):
+            result: Any = None
+            if request.status == NO_ROOM:
+                result = self.get(operation[1], DEFAULT)
+                request.status = ABSENT if result is DEFAULT else DONE
+            elif request.op == OP_READ:
+                if request.status == DONE:
+                    result = self.value_of(request)
+                self.member.count(C_HITS if request.status == DONE else C_MISSES, 1)
+            elif request.op == OP_INCR:
+                result = request.number if request.status == DONE else self.incr_error(operation[1], request.status)
+            if request.status == DONE:
+                if request.op == OP_DELETE:
+                    self.member.count(C_DELETES, 1)
+                elif request.op <= OP_CAS:
+                    self.member.count(C_SETS, 1)
+            outcomes.append((request.status, result))
+        return outcomes
+
+    def clear(self) -> None:
+        """Remove every entry. Each shard is emptied as a whole, one after the other."""
+        now: cython.ulonglong = self.now()
+        request: Request = self.take()
+        shard: Shard
+        request.op = OP_CLEAR
+        for shard in self.shards:
+            shard.run_one(request, now, self.timeout_ns)
+        self.give(request)
+
+    def purge(self) -> int:
+        """Remove every expired entry now; how many there were. (Expired entries are never seen; this frees memory.)"""
+        now: cython.ulonglong = self.now()
+        request: Request = self.take()
+        removed: cython.longlong = 0
+        status: cython.int
+        shard: Shard
+        request.op = OP_PURGE
+        for shard in self.shards:
+            status = BUSY
+            while status == BUSY:  # in batches, so that others get the lock
+                status = shard.run_one(request, now, self.timeout_ns)
+                self.raise_for(status)
+                removed += request.number
+        self.give(request)
+        return removed
+
+    # --- looking around ---------------------------------------------------------------------------------------------
+    def __len__(self) -> int:
+        """The number of entries; expired ones are removed first."""
+        self.purge()
+        total: cython.ulonglong = 0
+        shard: Shard
+        for shard in self.shards:
+            total += load(shard.words, shard.header + S_ENTRIES)
+        return total
+
+    def _scan(self, position: int, count: int, values: bool) -> tuple[list[tuple[Any, Any]], int | None]:
+        """Entries from slot `position` on, at most `count` of them, without a lock, and where to go on (None: the end).
+
+        An entry that is there all the while is in the answer exactly once, one that comes or goes at most once. The
+        second of a pair is the value, or None without `values`.
+        """
+        now: cython.ulonglong = self.now()
+        request: Request = self.take()
+        entries = []
+        place: cython.ulonglong = position
+        shard: Shard = self.shards[0]
+        slots: cython.ulonglong = shard.slots
+        total: cython.ulonglong = slots * self.shard_count
+        status: cython.int
+        tries: cython.int
+        while place < total and len(entries) < count:
+            shard = self.shards[place // slots]
+            tries = 0
+            status = BUSY
+            while status == BUSY and tries < 1000:
+                status = shard.read_slot(request, place % slots, now)
+                if status == NO_ROOM:
+                    request.make_room(request.key_size + request.value_size)
+                    status = BUSY
+                tries += 1
+            if status == DONE:
+                key = self.key_of(request)
+                if values:
+                    request.value = make_bytes(request.scratch, request.key_size, request.value_size)
+                    entries.append((key, self.value_of(request)))
+                else:
+                    entries.append((key, None))
+            place += 1
+        self.give(request)
+        return entries, (place if place < total else None)
+
+    def _describe(self, key: object) -> tuple[int, int, int, int, int] | None:
+        """(version, ns left or 0, key bytes, value bytes, shard), without counting a hit."""
+        now: cython.ulonglong = self.now()
+        request: Request = self.take()
+        self.set_key(request, key)
+        shard: Shard = self.shard_of(request)
+        number = self.shards.index(shard)
+        answer = None
+        if shard.read(request, now) == DONE:
+            left = request.expiry - now if request.expiry else 0
+            answer = (request.version, left, request.key_size, request.value_size, number)
+        self.give(request)
+        return answer
+
+    def _inspect(self, number: int, rebuild: bool) -> list[str]:
+        """What `repair.py` says of a shard, with its lock held; and without the collector, which could call Python."""
+        self.now()
+        shard: Shard = self.shards[number]
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            shard.enter(self.timeout_ns)
+            try:
+                return rebuild_locked(shard) if rebuild else check_locked(shard)
+            finally:
+                shard.leave()
+        finally:
+            if collecting:
+                gc.enable()
+
+    # --- the way of an operation ------------------------------------------------------------------------------------
+    def now(self) -> int:
+        """The time, ns; and at most every quarter of a second, whether all is still as it was."""
+        now: cython.ulonglong = now_ns() if self.clock is None else self.clock()
+        if process_epoch() != self.epoch or now >= self.next_check:
+            self._refresh(now)
+        return now
+
+    def _refresh(self, now: int) -> None:
+        """Notice that the cache was closed, that this is a forked child, or that the files were unlinked."""
+        if self.epoch == CLOSED:
+            raise CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
+        if self.epoch != process_epoch():
+            self.member.join(self.timeout_ns / 1e9)
+            self.epoch = process_epoch()
+        if not self.attachment.is_current():
+            self._reattach()
+        self.next_check = now + CHECK_NS
+
+    def take(self) -> Request:
+        """A request nobody else uses: another thread may run while this one waits for a lock."""
+        request: Request = self.spare
+        if request is None:
+            return Request()
+        self.spare = None
+        return request
+
+    def give(self, request: Request) -> None:
+        request.release()
+        self.spare = request
+
+    def shard_number(self, request: Request) -> int:
+        """Hash the key and choose the shard: at the last moment, lest another thread has moved us to a new segment."""
+        request.hash = key_hash(request.key, request.key_size, request.key_kind, self.secret0, self.secret1)
+        return high(high(request.hash) * self.shard_count)
+
+    @cython.boundscheck(True)  # another thread may have closed the cache
+    def shard_of(self, request: Request) -> Shard:
+        return cython.cast(Shard, self.shards[self.shard_number(request)])
+
+    def find(self, request: Request, key: object) -> int:
+        """Look `key` up and count it: 1 with a copy of the value in the request, or 0."""
+        now: cython.ulonglong = self.now()
+        self.set_key(request, key)
+        shard: Shard = self.shard_of(request)
+        status: cython.int = shard.read(request, now)
+        if status == BUSY:
+            status = self.read_locked(request, shard, now)
+        if status == DONE:
+            if shard.order.is_stale(request.slot):
+                shard.touch_order(request)
+            self.member.count(C_HITS, 1)
+            return 1
+        self.raise_for(status)
+        self.member.count(C_MISSES, 1)
+        return 0
+
+    def read_locked(self, request: Request, shard: Shard, now: cython.ulonglong) -> int:
+        """Read as the owner of the lock. A holder that is stopped must not stop readers, so this soon gives up."""
+        request.op = OP_READ
+        status: cython.int = NO_ROOM
+        try:
+            while status == NO_ROOM:
+                status = shard.run_one(request, now, READ_PATIENCE_NS)
+                if status == NO_ROOM:
+                    request.make_room(request.value_size)
+        except LockTimeout:
+            return BUSY
+        return status
+
+    def put(self, op: cython.int, key: object, value: object, ttl: object, version: cython.ulonglong) -> int:
+        """Serialize and store; DONE, or why not."""
+        request: Request = self.take()
+        now: cython.ulonglong = self.now()
+        status: cython.int
+        self.set_key(request, key)
+        self.set_value(request, value)
+        self.set_ttl(request, ttl, now)
+        request.version = version
+        status = self.change(request, op, now)
+        if status == DONE:
+            self.member.count(C_SETS, 1)
+        self.give(request)
+        return status
+
+    def change(self, request: Request, op: cython.int, now: cython.ulonglong) -> int:
+        """Perform one writing operation; its status."""
+        request.op = op
+        shard: Shard = self.shard_of(request)
+        status: cython.int = shard.run_one(request, now, self.timeout_ns)
+        if status >= CORRUPT:
+            self.raise_for(status)
+        return status
+
+    def raise_for(self, status: cython.int) -> int:
+        """Raise what a status means if it is a failure."""
+        if status == TOO_LARGE:
+            shard: Shard = self.shards[0]
+            raise ValueTooLarge(
+                f"the key and its value take more than the {shard.max_entry:,} bytes that one of the "
+                f"{self.shard_count} shard(s) holds; the value stored before, if any, is kept. Create the cache with a "
+                f"larger max_bytes or fewer shards"
+            )
+        if status == CORRUPT:
+            raise CorruptSegment(
+                f"the contents of cache {self.attachment.name!r} contradict themselves: `cache.check()` says where, "
+                f"`cache.repair()` keeps what can be proved"
+            )
+        return 0
+
+    # --- keys -------------------------------------------------------------------------------------------------------
+    def set_key(self, request: Request, key: object) -> int:
+        """Fill in the key's bytes; a kind tells str, bytes and everything else apart."""
+        if type(key) is str:
+            try:
+                request.key_size = text_size(key)
+            except UnicodeEncodeError as error:
+                raise SerializationError(f"the key {key!r} has no UTF-8 form ({error.reason}): use bytes") from None
+            request.key = text_pointer(key)
+            request.key_kind = KEY_TEXT
+            request.key_object = key
+        elif type(key) is bytes:
+            request.key_size = bytes_size(key)
+            request.key = bytes_pointer(key)
+            request.key_kind = KEY_BYTES
+            request.key_object = key
+        elif type(key) is int and is_long_long(key):
+            request.key_size = write_number(request.small, 0, 0xD3, wrap(cython.cast(cython.longlong, key)), 8)
+            request.key = pointer(request.small, 0, request.key_size)
+            request.key_kind = KEY_PACKED
+        else:
+            packed: bytes = encode_key(key)
+            request.key_size = bytes_size(packed)
+            request.key = bytes_pointer(packed)
+            request.key_kind = KEY_PACKED
+            request.key_object = packed
+        if request.key_size > MAX_KEY_BYTES:
+            raise KeyTooLarge(f"a key has at most {MAX_KEY_BYTES:,} bytes, this one has {request.key_size:,}: hash it")
+        return 0
+
+    def key_of(self, request: Request) -> object:
+        """The key at the beginning of `scratch`."""
+        if request.key_kind == KEY_TEXT:
+            return make_text(request.scratch, 0, request.key_size)
+        if request.key_kind == KEY_PACKED and request.key_size == 9 and read_number(request.scratch, 0, 1) == 0xD3:
+            return as_signed(read_number(request.scratch, 1, 8))
+        data = make_bytes(request.scratch, 0, request.key_size)
+        return data if request.key_kind == KEY_BYTES else decode_key(data)
+
+    # --- values: msgpack, scalars here and everything else in codec.py ----------------------------------------------
+    def set_value(self, request: Request, value: object) -> int:
+        """Fill in the value's head and body."""
+        request.body_size = 0
+        request.keep_expiry = False
+        kind = type(value)
+        if kind is str:
+            self.set_text(request, value)
+        elif kind is bytes:
+            self.set_bytes(request, value)
+        elif kind is int and is_long_long(value):
+            self.set_integer(request, value)
+        elif kind is float:
+            request.head_size = write_number(request.small, HEAD_AT, 0xCB, float_bits(value), 8)
+        elif value is None:
+            request.head_size = write_number(request.small, HEAD_AT, 0xC0, 0, 0)
+        elif kind is bool:
+            request.head_size = write_number(request.small, HEAD_AT, 0xC3 if value else 0xC2, 0, 0)
+        else:
+            packed: bytes = self.encode_value(value)
+            request.body_object = packed
+            request.body = bytes_pointer(packed)
+            request.body_size = bytes_size(packed)
+            request.head_size = 0
+        return 0
+
+    def set_text(self, request: Request, value: str) -> int:
+        size: cython.ulonglong
+        try:
+            size = text_size(value)
+        except UnicodeEncodeError as error:
+            raise SerializationError(
+                f"the value is a str without a UTF-8 form ({error.reason} at position {error.start}): store bytes"
+            ) from None
+        request.body_object = value
+        request.body = text_pointer(value)
+        request.body_size = size
+        if size < 32:
+            request.head_size = write_number(request.small, HEAD_AT, 0xA0 | size, 0, 0)
+        elif size < 0x100:
+            request.head_size = write_number(request.small, HEAD_AT, 0xD9, size, 1)
+        elif size < 0x10000:
+            request.head_size = write_number(request.small, HEAD_AT, 0xDA, size, 2)
+        else:
+            request.head_size = write_number(request.small, HEAD_AT, 0xDB, _below_4_gib(size), 4)
+        return 0
+
+    def set_bytes(self, request: Request, value: bytes) -> int:
+        size: cython.ulonglong = bytes_size(value)
+        request.body_object = value
+        request.body = bytes_pointer(value)
+        request.body_size = size
+        if size < 0x100:
+            request.head_size = write_number(request.small, HEAD_AT, 0xC4, size, 1)
+        elif size < 0x10000:
+            request.head_size = write_number(request.small, HEAD_AT, 0xC5, size, 2)
+        else:
+            request.head_size = write_number(request.small, HEAD_AT, 0xC6, _below_4_gib(size), 4)
+        return 0
+
+    def set_integer(self, request: Request, value: cython.longlong) -> None:
+        if -32 <= value < 128:
+            request.head_size = write_number(request.small, HEAD_AT, value & 0xFF, 0, 0)
+        elif -0x80 <= value < 0x80:
+            request.head_size = write_number(request.small, HEAD_AT, 0xD0, wrap(value), 1)
+        elif -0x8000 <= value < 0x8000:
+            request.head_size = write_number(request.small, HEAD_AT, 0xD1, wrap(value), 2)
+        elif -0x8000_0000 <= value < 0x8000_0000:
+            request.head_size = write_number(request.small, HEAD_AT, 0xD2, wrap(value), 4)
+        else:
+            request.head_size = write_number(request.small, HEAD_AT, 0xD3, wrap(value), 8)
+
+    def value_of(self, request: Request) -> object:
+        """The value whose copy the request has."""
+        size: cython.ulonglong = request.value_size
+        mark: cython.ulonglong
+        number: cython.longlong
+        width: cython.ulonglong
+        if request.value is not None:
+            return self.decode_value(request.value)
+        mark = read_number(request.scratch, 0, 1)
+        if 0xA0 <= mark < 0xC0 and size == 1 + (mark & 31):
+            return make_text(request.scratch, 1, size - 1)
+        if 0xD9 <= mark <= 0xDB:
+            width = 1 << (mark - 0xD9)
+            if size == 1 + width + read_number(request.scratch, 1, width):
+                return make_text(request.scratch, 1 + width, size - 1 - width)
+        elif 0xC4 <= mark <= 0xC6:
+            width = 1 << (mark - 0xC4)
+            if size == 1 + width + read_number(request.scratch, 1, width):
+                return make_bytes(request.scratch, 1 + width, size - 1 - width)
+        elif size == 1:
+            if mark < 0x80:
+                return mark
+            if mark >= 0xE0:
+                return as_signed(wrap(mark - 256))
+            if mark == 0xC0:
+                return None
+            if mark == 0xC2 or mark == 0xC3:
+                return mark == 0xC3
+        elif mark == 0xCB and size == 9:
+            return bits_float(read_number(request.scratch, 1, 8))
+        elif 0xD0 <= mark <= 0xD3 and size == 1 + (1 << (mark - 0xD0)):
+            width = 64 - 8 * (size - 1)
+            number = as_signed(wrap(read_number(request.scratch, 1, size - 1) << width))
+            number >>= width  # copies the sign downwards
+            return number
+        return self.decode_value(make_bytes(request.scratch, 0, size))
+
+    def set_ttl(self, request: Request, ttl: object, now: cython.ulonglong) -> int:
+        """Fill in when the entry expires."""
+        span: cython.ulonglong
+        if ttl is DEFAULT:
+            span = self.default_ttl_ns
+        elif ttl is None:
+            span = 0
+        else:
+            span = ttl_to_ns(ttl)
+        request.expiry = now + span if span else 0
+        return 0
+
+
+def _integer(number: object, name: str) -> int:
+    if type(number) is not int:
+        raise TypeError(f"{name} is an int, not {type(number).__name__} ({number!r})")
+    if not is_long_long(number):
+        raise OverflowError(f"{name}={number!r} does not fit 64 signed bits")
+    return number
+
+
+def _below_4_gib(size: int) -> int:
+    if size >> 32:
+        raise ValueTooLarge(f"a value has less than 4 GiB, this one has {size:,} bytes: split it")
+    return size

@@ -1,0 +1,120 @@
+"""Caching what a function returns: `Cache.memoize` lives in this file."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from shmcache.engine.store import DEFAULT
+from shmcache.errors import SerializationError
+
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+
+__all__ = ["CacheInfo", "Memoized", "memoize"]
+
+
+class CacheInfo(NamedTuple):
+    """Calls of one decorated function in this process, and its entries in the cache of all processes."""
+
+    hits: int
+    misses: int
+    entries: int
+
+
+class Memoized(Protocol):
+    """A decorated function."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def cache_info(self) -> CacheInfo: ...
+
+    def cache_clear(self) -> int: ...
+
+    def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+
+
+def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function: Callable[..., Any]) -> Memoized:
+    """Wrap `function` so that it is called once for each key, for as long as its result stays in `cache`.
+
+    Arguments are bound to their parameters first, so `f(1)`, `f(a=1)` and a default of 1 are one key.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+    signature = inspect.signature(function)
+    hits = misses = 0
+
+    def cache_key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The key in the cache for these arguments."""
+        if key is not None:
+            return ("memoize", name, key(*args, **kwargs))
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return ("memoize", name, *map(_as_key, bound.arguments.values()))
+
+    def look_up(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal hits, misses
+        try:
+            value = cache.get(entry, DEFAULT)
+        except SerializationError as error:
+            raise SerializationError(
+                f"the arguments of {name} cannot be a cache key ({error}): decorate it with memoize(key=...), a "
+                f"function of the same arguments that returns a str, bytes, number or a tuple of these"
+            ) from error
+        if value is DEFAULT:
+            misses += 1
+        else:
+            hits += 1
+        return value
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            entry = cache_key(*args, **kwargs)
+            value = look_up(entry, args, kwargs)
+            if value is DEFAULT:
+                value = await function(*args, **kwargs)
+                cache.set(entry, value, ttl)
+            return value
+
+    else:
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            entry = cache_key(*args, **kwargs)
+            value = look_up(entry, args, kwargs)
+            if value is DEFAULT:
+                value = function(*args, **kwargs)
+                cache.set(entry, value, ttl)
+            return value
+
+    def entries() -> list[tuple[Any, ...]]:
+        return [each for each in cache.keys() if type(each) is tuple and each[:2] == ("memoize", name)]  # noqa: SIM118
+
+    def cache_info() -> CacheInfo:
+        """Hits and misses of this process, entries of all."""
+        return CacheInfo(hits, misses, len(entries()))
+
+    def cache_clear() -> int:
+        """Forget every result of this function, for all processes; how many there were."""
+        nonlocal hits, misses
+        hits = misses = 0
+        return cache.delete_many(entries())
+
+    decorated: Any = wrapper
+    decorated.cache_key = cache_key
+    decorated.cache_info = cache_info
+    decorated.cache_clear = cache_clear
+    memoized: Memoized = decorated
+    return memoized
+
+
+def _as_key(argument: Any) -> Any:
+    """An argument as part of a key: *args come as a tuple already, **kwargs as a dict."""
+    if type(argument) is dict:
+        return ("kwargs", *((name, _as_key(value)) for name, value in sorted(argument.items(), key=repr)))
+    return argument

@@ -1,0 +1,477 @@
+"""The shared memory of a cache: how it is named, created, validated, attached to and unlinked, without races.
+
+A cache is two files of its user in /dev/shm (plus a semaphore a shard, once somebody waited): the segment and the lock
+file beside it. Creating, attaching and unlinking exclude each other by a byte of the lock file, which the kernel frees
+when its holder dies. The segment names the inode of its lock file; if either is unlinked behind our back, one of the
+two has no name left, and everybody moves to a new pair.
+
+The segment is an ordinary POSIX one, as `multiprocessing.shared_memory.SharedMemory` makes, but opened through
+posix_ipc: that never meets the resource tracker, whose process would unlink the segment when an attaching process
+exits (Python before 3.13), and it gives the descriptor that reserving and checking need.
+
+A process has one attachment to a cache, however many `Cache` objects use it, because closing a second descriptor of
+the lock file would drop the locks of the first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import mmap
+import os
+import re
+import secrets
+import stat
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import posix_ipc
+
+from shmcache.engine import layout
+from shmcache.engine.layout import Geometry
+from shmcache.engine.membership import Guard, Member, Registry, SetupLock
+from shmcache.engine.primitives import load, store
+from shmcache.engine.shard import Shard
+from shmcache.engine.store import is_compiled
+from shmcache.errors import CacheNotFound, CorruptSegment, GeometryMismatch, IncompatibleSegment, SegmentTooLarge
+from shmcache.reaper import start_reaper
+from shmcache.semaphore import Sleeper
+
+__all__ = ["Attachment", "Wish", "attach", "names", "unlink"]
+
+DIRECTORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+MAX_NAME = 100
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_LOCK_SUFFIX = "~lock"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller asks for; None where any value of a live cache will do."""
+
+    name: str
+    create: bool = True
+    max_bytes: int | None = None
+    max_entries: int | None = None
+    shards: int | None = None
+    eviction: str | None = None
+    default_ttl_ns: int | None = None  # 0 for no expiry
+    ephemeral: bool = False
+    timeout: float = 5.0  # seconds to wait for others who create or attach
+
+    def geometry(self) -> Geometry:
+        """The geometry a new cache gets."""
+        return Geometry.plan(
+            64 * 2**20 if self.max_bytes is None else self.max_bytes,
+            self.max_entries,
+            self.shards,
+            self.eviction or "lru",
+        )
+
+
+class Attachment:
+    """This process's view of one cache: the mapping, the lock file, the process table and the shards."""
+
+    def __init__(self, name: str, segment_fd: int, lock_fd: int, size: int) -> None:
+        self.name = name
+        self.segment_fd = segment_fd
+        self.lock_fd = lock_fd
+        self.users = 0
+        self.data = memoryview(mmap.mmap(segment_fd, size))
+        self.words = self.data.cast("Q")
+
+    def open(self, geometry: Geometry) -> None:
+        """Make the parts that work on the segment; the header must be filled in."""
+        self.geometry = geometry
+        self.registry = Registry(self.words, self.lock_fd, geometry.processes)
+        self.member = Member(self.words, self.registry)
+        self.secret = (load(self.words, layout.H_SECRET), load(self.words, layout.H_SECRET + 1))
+        self.sleepers = [Sleeper(f"/{file_name(self.name)}~{number}") for number in range(geometry.shards)]
+        guard = Guard(self.lock_fd)
+        self.shards = [
+            Shard(self.words, self.data, geometry, number, self.secret, self.member, sleeper, guard)
+            for number, sleeper in enumerate(self.sleepers)
+        ]
+
+    @property
+    def default_ttl_ns(self) -> int:
+        return load(self.words, layout.H_DEFAULT_TTL)
+
+    @property
+    def ephemeral(self) -> bool:
+        return bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
+
+    def is_current(self) -> bool:
+        """Whether both files still have their names."""
+        return bool(os.fstat(self.segment_fd).st_nlink and os.fstat(self.lock_fd).st_nlink)
+
+    def check(self, wish: Wish) -> None:
+        """Raise GeometryMismatch unless the live cache is what the caller asked for, as far as it asked."""
+        here = self.geometry
+        asked = {"max_bytes": wish.max_bytes, "max_entries": wish.max_entries, "shards": wish.shards}
+        asked["eviction"] = wish.eviction  # type: ignore[assignment]
+        differing = {key: value for key, value in asked.items() if value not in (None, getattr(here, key))}
+        if differing:
+            wanted = ", ".join(f"{key}={value!r}" for key, value in differing.items())
+            live = ", ".join(f"{key}={getattr(here, key)!r}" for key in differing)
+            raise GeometryMismatch(
+                f"a live cache {self.name!r} has {live}, but {wanted} was asked for: attach without these arguments, "
+                f"use another name, or remove the live one with `shmcache unlink {self.name}`"
+            )
+
+    def detach(self) -> None:
+        """One user less; the last one gives the process's place back, and unlinks an ephemeral cache nobody uses."""
+        self.users -= 1
+        if self.users > 0:
+            return
+        if _attachments.get(self.name) is self:
+            del _attachments[self.name]
+        self.registry.leave()
+        if self.ephemeral and self.is_current():
+            with contextlib.suppress(Exception), SetupLock(self.lock_fd, 1.0):
+                if self.is_current() and not self.registry.others_alive():
+                    _remove_files(self.name)
+        os.close(self.segment_fd)
+        os.close(self.lock_fd)
+        # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
+
+
+_attachments: dict[str, Attachment] = {}
+_mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a locked one behind
+
+
+def _own_mutex() -> threading.RLock:
+    return _mutexes.setdefault(os.getpid(), threading.RLock())
+
+
+def attach(wish: Wish) -> Attachment:
+    """This process's attachment to the cache, created if need be and allowed."""
+    check_name(wish.name)
+    with _own_mutex():
+        attachment = _attachments.get(wish.name)
+        if attachment is None or not attachment.is_current():
+            attachment = _attach(wish)
+            _attachments[wish.name] = attachment
+        attachment.check(wish)
+        attachment.users += 1
+        return attachment
+
+
+def release(attachment: Attachment) -> None:
+    """Undo one `attach`."""
+    with _own_mutex():
+        attachment.detach()
+
+
+def unlink(name: str, timeout: float = 5.0) -> bool:
+    """Remove the files of a cache; whether there were any. Processes that have it attached move to a new one."""
+    check_name(name)
+    with _own_mutex():
+        attachment = _attachments.get(name)
+        if attachment is not None and attachment.is_current():
+            with SetupLock(attachment.lock_fd, timeout):
+                _remove_files(name)
+            return True
+        try:
+            fd = _open_lock_file(name, create=False)
+        except CacheNotFound:
+            return _remove_files(name)
+        try:
+            with SetupLock(fd, timeout):
+                return _remove_files(name)
+        finally:
+            os.close(fd)
+
+
+def names() -> list[str]:
+    """The names of all caches of this user."""
+    prefix = file_name("")
+    return sorted(path.name[len(prefix) : -len(_LOCK_SUFFIX)] for path in DIRECTORY.glob(f"{prefix}*{_LOCK_SUFFIX}"))
+
+
+def check_name(name: str) -> None:
+    """Raise TypeError or ValueError unless `name` can name a cache."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a cache is a str, not {type(name).__name__}")
+    if len(name) > MAX_NAME or not _NAME.match(name):
+        raise ValueError(
+            f"{name[: MAX_NAME + 1]!r} cannot name a cache: use 1 to {MAX_NAME} ASCII letters, digits, '.', '_' or "
+            f"'-', beginning with a letter or digit"
+        )
+
+
+def file_name(name: str) -> str:
+    """The file name of a segment; the user is part of it, so that users do not collide."""
+    return f"shmcache-{os.geteuid()}-{name}"
+
+
+def lock_path(name: str) -> Path:
+    return DIRECTORY / (file_name(name) + _LOCK_SUFFIX)
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+def _attach(wish: Wish) -> Attachment:
+    while True:
+        lock_fd = _open_lock_file(wish.name, wish.create)
+        try:
+            with SetupLock(lock_fd, wish.timeout):
+                if not _has_name(lock_fd, wish.name):
+                    raise _Vanished
+                attachment = _open_segment(wish, lock_fd)
+            attachment.member.join(wish.timeout)
+            if not attachment.is_current():
+                raise _Vanished
+        except _Vanished:
+            os.close(lock_fd)
+            continue
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        if attachment.ephemeral:
+            start_reaper(lock_fd, attachment.geometry.processes, _file_paths(wish.name, attachment.geometry.shards))
+        return attachment
+
+
+class _Vanished(Exception):
+    """Somebody unlinked the files meanwhile: begin again."""
+
+
+def _open_lock_file(name: str, create: bool) -> int:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    path = lock_path(name)
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        raise CacheNotFound(f"there is no cache named {name!r}: `shmcache ls` lists those of this user") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR):
+            raise IncompatibleSegment(
+                f"{path} is not a lock file of this user ({error.strerror}): remove it, or use another cache name"
+            ) from error
+        raise
+    try:
+        _check_owner(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_owner(fd: int, what: object) -> os.stat_result:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise IncompatibleSegment(
+            f"{what} belongs to uid {status.st_uid} with mode {stat.filemode(status.st_mode)}, expected a regular file "
+            f"of uid {os.geteuid()} that nobody else may open (0600): remove it, or use another cache name"
+        )
+    return status
+
+
+def _has_name(fd: int, name: str) -> bool:
+    try:
+        named = os.stat(lock_path(name), follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(fd))
+
+
+def _open_segment(wish: Wish, lock_fd: int) -> Attachment:
+    try:
+        memory = posix_ipc.SharedMemory("/" + file_name(wish.name))
+    except posix_ipc.ExistentialError:
+        if not wish.create:
+            raise CacheNotFound(
+                f"there is no cache named {wish.name!r}: `shmcache ls` lists those of this user"
+            ) from None
+        return _create(wish, lock_fd)
+    except posix_ipc.PermissionsError as error:
+        raise IncompatibleSegment(
+            f"the shared memory {file_name(wish.name)!r} belongs to another user: use another cache name"
+        ) from error
+    try:
+        return _open_existing(wish, memory.fd, lock_fd)
+    except _HalfCreated:
+        # We hold the setup lock, so whoever began is gone.
+        os.close(memory.fd)
+        if not wish.create:
+            raise CorruptSegment(
+                f"the creation of cache {wish.name!r} was never finished: `Cache({wish.name!r})` makes it anew, "
+                f"`shmcache unlink {wish.name}` removes it"
+            ) from None
+        posix_ipc.unlink_shared_memory("/" + file_name(wish.name))
+        return _create(wish, lock_fd)
+    except BaseException:
+        os.close(memory.fd)
+        raise
+
+
+class _HalfCreated(Exception):
+    """The segment was never completed, or belongs to a lock file that is gone."""
+
+
+def _open_existing(wish: Wish, fd: int, lock_fd: int) -> Attachment:
+    status = _check_owner(fd, f"the shared memory {file_name(wish.name)!r}")
+    header_bytes = layout.HEADER_WORDS * 8
+    if status.st_size == 0:
+        raise _HalfCreated
+    if status.st_size < header_bytes:
+        raise IncompatibleSegment(
+            f"the shared memory {file_name(wish.name)!r} has {status.st_size} bytes and is not a cache: remove it with "
+            f"`shmcache unlink {wish.name}`, or use another name"
+        )
+    header = memoryview(os.pread(fd, header_bytes, 0)).cast("Q")
+    magic = header[layout.H_MAGIC]
+    if magic == 0 and not any(header[layout.H_BYTES :]):
+        raise _HalfCreated
+    if magic == 0 and header[layout.H_LOCK_FILE]:
+        raise _HalfCreated
+    if magic == int.from_bytes(layout.MAGIC.to_bytes(8, "little"), "big"):
+        raise IncompatibleSegment(f"cache {wish.name!r} was created with the other byte order")
+    if magic != layout.MAGIC:
+        raise IncompatibleSegment(
+            f"the shared memory {file_name(wish.name)!r} is not a cache (it begins with {magic:#018x}): remove it with "
+            f"`shmcache unlink {wish.name}`, or use another name"
+        )
+    if header[layout.H_VERSION] != layout.LAYOUT_VERSION:
+        raise IncompatibleSegment(
+            f"cache {wish.name!r} has layout version {header[layout.H_VERSION]}, this is a build for version "
+            f"{layout.LAYOUT_VERSION}: stop the processes of the other one, then `shmcache unlink {wish.name}`"
+        )
+    if header[layout.H_LOCK_FILE] != os.fstat(lock_fd).st_ino:
+        raise _HalfCreated  # its lock file was removed by hand; those who use it will notice and come here
+    geometry = _read_geometry(header, status.st_size, wish.name)
+    compiled = bool(header[layout.H_FLAGS] & layout.FLAG_COMPILED)
+    if compiled is not is_compiled():
+        kinds = ("uncompiled", "compiled")
+        raise IncompatibleSegment(
+            f"cache {wish.name!r} is used by {kinds[compiled]} processes and this one is {kinds[not compiled]}: they "
+            f"lock in different ways. Install shmcache alike everywhere (is SHMCACHE_PURE set?), or use another name"
+        )
+    attachment = Attachment(wish.name, fd, lock_fd, status.st_size)
+    attachment.open(geometry)
+    if attachment.ephemeral and wish.create and not attachment.registry.others_alive():
+        raise _HalfCreated  # its last process was killed, and so was its reaper
+    return attachment
+
+
+def _read_geometry(header: memoryview, size: int, name: str) -> Geometry:
+    policies = {number: policy for policy, number in layout.POLICIES.items()}
+    geometry = Geometry(
+        max_bytes=header[layout.H_BYTES],
+        max_entries=header[layout.H_ENTRIES],
+        shards=header[layout.H_SHARDS],
+        slots=header[layout.H_SLOTS],
+        blocks=header[layout.H_BLOCKS],
+        processes=header[layout.H_PROCESSES],
+        eviction=policies.get(header[layout.H_EVICTION], "unknown"),
+    )
+    sound = (
+        0 < geometry.shards <= layout.MAX_SHARDS
+        and 0 < geometry.max_entries
+        and 0 < geometry.slots < 1 << 32
+        and 0 < geometry.blocks <= layout.RUN_LENGTH_MASK
+        and 0 < geometry.processes <= layout.MAX_PROCESSES
+        and geometry.eviction != "unknown"
+    )
+    if not sound or size != segment_bytes(geometry.max_bytes) or geometry.region(geometry.shards - 1).end * 8 > size:
+        raise CorruptSegment(
+            f"the header of cache {name!r} does not describe its {size} bytes ({geometry}): it was truncated or "
+            f"overwritten; remove it with `shmcache unlink {name}`"
+        )
+    return geometry
+
+
+def segment_bytes(max_bytes: int) -> int:
+    """The size of the file: whole pages, never more than asked."""
+    return max_bytes // layout.PAGE * layout.PAGE
+
+
+# --- creating -------------------------------------------------------------------------------------------------------
+def _create(wish: Wish, lock_fd: int) -> Attachment:
+    fd = -1
+    try:
+        geometry = wish.geometry()
+        size = segment_bytes(geometry.max_bytes)
+        fd = posix_ipc.SharedMemory("/" + file_name(wish.name), posix_ipc.O_CREX, mode=0o600).fd
+        _reserve(fd, size, wish.name)
+        attachment = Attachment(wish.name, fd, lock_fd, size)
+        words = attachment.words
+        flags = (layout.FLAG_COMPILED if is_compiled() else 0) | (layout.FLAG_EPHEMERAL if wish.ephemeral else 0)
+        for word, value in (
+            (layout.H_VERSION, layout.LAYOUT_VERSION),
+            (layout.H_FLAGS, flags),
+            (layout.H_BYTES, geometry.max_bytes),
+            (layout.H_ENTRIES, geometry.max_entries),
+            (layout.H_SHARDS, geometry.shards),
+            (layout.H_SLOTS, geometry.slots),
+            (layout.H_BLOCKS, geometry.blocks),
+            (layout.H_PROCESSES, geometry.processes),
+            (layout.H_EVICTION, layout.POLICIES[geometry.eviction]),
+            (layout.H_SECRET, secrets.randbits(64)),
+            (layout.H_SECRET + 1, secrets.randbits(64)),
+            (layout.H_CREATED, time.time_ns()),
+            (layout.H_CREATOR, os.getpid()),
+            (layout.H_DEFAULT_TTL, wish.default_ttl_ns or 0),
+            (layout.H_LOCK_FILE, os.fstat(lock_fd).st_ino),
+        ):
+            store(words, word, value)
+        attachment.open(geometry)
+        for shard in attachment.shards:
+            shard.format()
+        store(words, layout.H_MAGIC, layout.MAGIC)
+        return attachment
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        _remove_files(wish.name)
+        raise
+
+
+def _reserve(fd: int, size: int, name: str) -> None:
+    """Give the segment all its memory now: a full /dev/shm is an error here, not a SIGBUS later."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
+            raise
+        room = os.statvfs(DIRECTORY)
+        raise SegmentTooLarge(
+            f"cache {name!r} asks for {size:,} bytes, but {DIRECTORY} has {room.f_bavail * room.f_frsize:,} free of "
+            f"{room.f_blocks * room.f_frsize:,}. Ask for a smaller max_bytes, or make it larger: Docker "
+            f"`--shm-size=1g` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` mounted at "
+            f"/dev/shm; otherwise `mount -o remount,size=1g /dev/shm`"
+        ) from error
+
+
+def _file_paths(name: str, shards: int) -> list[str]:
+    """Every file a cache may have, the lock file last."""
+    semaphores = [str(DIRECTORY / f"sem.{file_name(name)}~{number}") for number in range(shards)]
+    return [str(DIRECTORY / file_name(name)), *semaphores, str(lock_path(name))]
+
+
+def _remove_files(name: str) -> bool:
+    removed = False
+    with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+        posix_ipc.unlink_shared_memory("/" + file_name(name))
+        removed = True
+    for number in range(layout.MAX_SHARDS):
+        Sleeper(f"/{file_name(name)}~{number}").unlink()
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        lock_path(name).unlink()
+        removed = True
+    return removed
+
+
+@atexit.register
+def _detach_all() -> None:
+    for attachment in list(_attachments.values()):
+        attachment.users = 1
+        with contextlib.suppress(Exception):
+            attachment.detach()

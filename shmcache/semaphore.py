@@ -1,0 +1,57 @@
+"""Where waiters for a lock sleep: one named POSIX semaphore a shard, opened when somebody first has to wait.
+
+Nothing depends on a semaphore being there, or on everybody having the same one: a sleep never lasts longer than a
+millisecond, so losing a wake-up, or the semaphore itself, costs no more than that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import posix_ipc
+
+__all__ = ["Sleeper"]
+
+SLEEP = 0.001  # seconds
+_UNAVAILABLE = (posix_ipc.Error, OSError, ValueError)
+
+
+class Sleeper:
+    """The semaphore of one shard. `name` is a POSIX name, `/...`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._semaphore: posix_ipc.Semaphore | None = None
+
+    def sleep(self) -> bool:
+        """Sleep until woken or for a millisecond; whether it was a wake-up."""
+        semaphore = self._open()
+        if semaphore is None:
+            time.sleep(SLEEP / 2)
+            return False
+        try:
+            semaphore.acquire(SLEEP)
+        except posix_ipc.BusyError:
+            return False
+        except posix_ipc.SignalError:
+            return False
+        return True
+
+    def wake(self) -> None:
+        """Wake one sleeper."""
+        semaphore = self._open()
+        if semaphore is not None:
+            with contextlib.suppress(*_UNAVAILABLE):
+                semaphore.release()
+
+    def unlink(self) -> None:
+        """Remove the semaphore's name; those who have it open keep it."""
+        with contextlib.suppress(*_UNAVAILABLE):
+            posix_ipc.unlink_semaphore(self.name)
+
+    def _open(self) -> posix_ipc.Semaphore | None:
+        if self._semaphore is None and posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
+            with contextlib.suppress(*_UNAVAILABLE):
+                self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREAT, mode=0o600, initial_value=0)
+        return self._semaphore

@@ -1,0 +1,82 @@
+"""What every test shares: caches of its own that are checked and removed at its end, and a clock that it turns."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from shmcache import Cache, CacheClosed, segment
+
+_numbers = itertools.count()
+
+
+class Clock:
+    """A clock in ns that moves when told to. It begins at a million seconds, as after eleven days of uptime."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000 * 10**9
+
+    def __call__(self) -> int:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += round(seconds * 1e9)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def new_name() -> str:
+    """A cache name that no other test, and no other test run, uses."""
+    return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A fresh cache name; whatever cache has it at the end of the test is checked and removed."""
+    name = new_name()
+    yield name
+    with contextlib.suppress(LookupError):
+        with Cache.attach(name) as cache:
+            problems = cache.check()
+        segment.unlink(name)
+        assert problems == []
+
+
+@pytest.fixture
+def make_cache() -> Iterator[Callable[..., Cache]]:
+    """Makes caches with fresh names; at the end of the test each one's `check()` must be clean."""
+    made: list[Cache] = []
+
+    def make(name: str | None = None, **options: Any) -> Cache:
+        cache = Cache(name or new_name(), **options)
+        made.append(cache)
+        return cache
+
+    yield make
+    problems: list[str] = []
+    for cache in made:
+        with contextlib.suppress(CacheClosed):
+            problems += cache.check()
+        cache.unlink()
+        segment.unlink(cache.name)
+    assert problems == []
+
+
+def files_left() -> list[str]:
+    """Files of this test process's caches in /dev/shm."""
+    return sorted(path.name for path in segment.DIRECTORY.glob(f"*test-{os.getpid()}-*"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No test leaves a segment, a lock file or a semaphore behind."""
+    yield
+    assert files_left() == []
