@@ -7,8 +7,8 @@ import sys
 
 if sys.platform == "win32":
     raise ImportError(
-        "shmcache needs POSIX shared memory, semaphores and record locks, which Windows does not have: run it on Linux, "
-        "or in WSL 2"
+        "shmcache needs POSIX shared memory, semaphores and record locks, which Windows does not have: run it on "
+        "Linux, or in WSL 2"
     )
 
 from shmcache.batch import Batch, Pending

@@ -71,7 +71,7 @@ class Cache(Store):
         *,
         max_bytes: int | str | None = None,
         max_entries: int | None = None,
-        default_ttl: float | None | Default = DEFAULT,
+        default_ttl: float | Default | None = DEFAULT,
         eviction: str | None = None,
         shards: int | None = None,
         serializer: str | Serializer = "msgpack",
@@ -273,7 +273,7 @@ class Cache(Store):
         An entry that is there all the while is seen once; one that comes or goes meanwhile may be missed.
         """
         for key, _ in self._walk(False):
-            if prefix is None or (type(key) is type(prefix) and key.startswith(prefix)):
+            if prefix is None or (type(key) is type(prefix) and key[: len(prefix)] == prefix):
                 yield key
 
     def items(self) -> Iterator[tuple[Any, Any]]:

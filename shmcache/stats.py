@@ -14,7 +14,7 @@ __all__ = ["EntryInfo", "ProcessStats", "Stats", "collect"]
 
 @dataclass(frozen=True)
 class ProcessStats:
-    """One attached process: `pid` as it sees itself, counts since it attached, `attached` in seconds since the epoch."""
+    """One attached process: its `pid` as it sees itself, `attached` in seconds since the epoch, counts since then."""
 
     pid: int
     attached: float

@@ -11,6 +11,8 @@ out of the free ones, and whatever is in limbo when the lock's owner dies is fre
 
 from __future__ import annotations
 
+from typing import Any
+
 try:
     import cython
 except ModuleNotFoundError:
@@ -117,7 +119,7 @@ class Blocks:
         self,
         run: cython.ulonglong,
         skip: cython.ulonglong,
-        target: cython.uchar[::1],
+        target: Any,
         to: cython.ulonglong,
         size: cython.ulonglong,
     ) -> bool:
@@ -183,7 +185,7 @@ class Blocks:
 
     # --- free runs --------------------------------------------------------------------------------------------------
     def find(self, length: cython.ulonglong) -> int:
-        """A free run plus 1: one at least `length` long if there is one, otherwise one of the longest bin; 0 for none."""
+        """A free run plus 1, 0 for none: at least `length` long if there is such a one, else of the longest bin."""
         bin: cython.ulonglong = self.used_bin(self.fitting_bin(length))
         run: cython.ulonglong
         if bin < BINS:

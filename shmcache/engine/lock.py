@@ -13,6 +13,7 @@ A waiter that was woken has been counted out by the one who woke it; one that ov
 from __future__ import annotations
 
 import time
+from typing import Any
 
 try:
     import cython
@@ -40,7 +41,7 @@ class Lock:
     compiled code keeps the GIL from `acquire` to `release`, uncompiled code adds a thread lock (`shard.py`).
     """
 
-    def __init__(self, words: memoryview, header: int, member: Member, sleeper: object, guard: object) -> None:
+    def __init__(self, words: memoryview, header: int, member: Member, sleeper: Any, guard: Any) -> None:
         self.words = words
         self.header = header
         self.member = member
@@ -69,11 +70,11 @@ class Lock:
         began: cython.ulonglong = time.monotonic_ns()
         now: cython.ulonglong = began
         since: cython.ulonglong = began
-        spin: cython.int
+        _spin: cython.int
         taken: cython.bint = False
         woken: cython.bint
         while not taken:
-            for spin in range(SPINS):
+            for _spin in range(SPINS):
                 pause()
                 if not load(self.words, self.header + S_LOCK) and self.try_acquire():
                     taken = True

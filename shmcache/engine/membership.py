@@ -2,8 +2,9 @@
 
 A process takes a line of the table by locking the byte of that number in the cache's lock file, and raises the line's
 generation. The kernel drops the lock when the process ends, however it ends; pids, which mean nothing across pid
-namespaces and are reused, prove nothing here. POSIX record locks belong to a process: a forked child has none and takes
-a line of its own. They vanish when the process closes *any* descriptor of the file, so it is opened once (`segment.py`).
+namespaces and are reused, prove nothing here. POSIX record locks belong to a process: a forked child has none and
+takes a line of its own. They vanish when the process closes *any* descriptor of the file, so it is opened once
+(`segment.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 try:
     import cython
@@ -46,7 +48,7 @@ _FLOCK = "@qqihh" if sys.platform == "darwin" else "@hhqqi0q"
 class Member:
     """This process as the segment knows it: its owner id and its line of counters."""
 
-    def __init__(self, words: memoryview, registry: object) -> None:
+    def __init__(self, words: memoryview, registry: Any) -> None:
         self.words = words
         self.registry = registry
         self.owner = 0
@@ -180,7 +182,7 @@ def _own_mutex(mutexes: dict[int, threading.Lock]) -> threading.Lock:
 
 
 class Guard:
-    """Makes a compare-and-swap of uncompiled code atomic, among threads by a mutex and among processes by a byte lock."""
+    """Makes a compare-and-swap of uncompiled code atomic: a mutex among threads, a byte lock among processes."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

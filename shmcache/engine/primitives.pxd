@@ -65,7 +65,7 @@ cdef extern from * nogil:
     static inline int shm_copy_at(unsigned char *d, shm_word dsize, shm_word dat,
                                   const unsigned char *s, shm_word ssize, shm_word sat, shm_word n) {
         if (SHM_UNLIKELY(!shm_bytes_inside(dsize, dat, n) || !shm_bytes_inside(ssize, sat, n))) return 0;
-        memcpy(d + dat, s + sat, n);
+        memmove(d + dat, s + sat, n);
         return 1;
     }
     static inline int shm_same_at(const unsigned char *d, shm_word size, shm_word at, const unsigned char *b, shm_word n) {

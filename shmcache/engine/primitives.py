@@ -48,7 +48,7 @@ def logged_store(words: memoryview, log: int, index: int, value: int) -> None:
 
 
 def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: AbstractContextManager[object]) -> bool:
-    """Store `new` where `old` is, atomically among all processes; `guard` is what makes it so without the CPU's help."""
+    """Store `new` where `old` is; `guard` makes that atomic among all processes, where C has an instruction for it."""
     with guard:
         if load(words, index) != old:
             return False

@@ -49,7 +49,7 @@ class Inspector:
         self.shard = shard
         self.claimed = memoryview(bytearray(shard.blocks.count))
         self.seen = memoryview(bytearray(shard.slots))
-        self.problems = []
+        self.problems: list[str] = []
         self.used = self.timed = self.used_bytes = 0
 
     def check(self) -> None:
@@ -144,7 +144,7 @@ class Inspector:
     def hash_is_right(self, slot: cython.ulonglong) -> bool:
         sizes: cython.ulonglong = load(self.shard.words, self.shard.at(slot) + E_SIZES)
         size: cython.ulonglong = high(sizes) & 0xFFFF
-        key: cython.uchar[::1] = memoryview(bytearray(size + 1))
+        key = memoryview(bytearray(size + 1))
         run: cython.ulonglong = low(load(self.shard.words, self.shard.at(slot) + E_PLACE)) - 1
         if not self.shard.blocks.read(run, 0, key, 0, size):
             return False
@@ -275,7 +275,7 @@ class Inspector:
             run += length
         if free != load(self.shard.words, self.shard.header + S_FREE_BLOCKS):
             self.report(
-                f"{free} blocks are free, but the header says {load(self.shard.words, self.shard.header + S_FREE_BLOCKS)}"
+                f"{free} blocks are free, the header has {load(self.shard.words, self.shard.header + S_FREE_BLOCKS)}"
             )
 
     def bins(self) -> None:
@@ -306,7 +306,7 @@ class Inspector:
                 run = high(links)
         if free != load(self.shard.words, self.shard.header + S_FREE_BLOCKS):
             self.report(
-                f"the bins have {free} blocks, but the header says {load(self.shard.words, self.shard.header + S_FREE_BLOCKS)}"
+                f"{free} blocks in bins, the header has {load(self.shard.words, self.shard.header + S_FREE_BLOCKS)}"
             )
 
     def totals(self) -> None:
@@ -379,7 +379,7 @@ class Inspector:
             store(shard.words, shard.log + L_USED, 0)
 
     def has_twin(self, slot: cython.ulonglong) -> bool:
-        """Whether a slot that is linked already has the same hash and key size; 64 secret bits of hash do for the key."""
+        """Whether a linked slot has the same hash and key size; 64 bits of secret hash stand for the key."""
         shard: Shard = self.shard
         hash: cython.ulonglong = load(shard.words, shard.at(slot) + E_HASH)
         link: cython.ulonglong = load(shard.words, shard.table.bucket_of(hash))

@@ -1,6 +1,6 @@
 cdef class Request:
     cdef int op, status
-    cdef object key_object, body_object, value
+    cdef object key_object, body_object
     cdef unsigned char* key
     cdef unsigned char* body
     cdef unsigned long long key_size, key_kind, hash

@@ -17,12 +17,13 @@ class Request:
 
     `key` and `body` point into `key_object`, `body_object` or `small`, which keep the memory alive; run uncompiled they
     are the bytes themselves. A value is its head, in `small` from HEAD_AT on (a msgpack header, or all of a number),
-    and its body. On the way out its copy is in `scratch`, or it is `value` already.
+    and its body. On the way out its copy is in `scratch`.
     """
 
     def __init__(self) -> None:
         self.op = self.status = 0
-        self.key_object = self.body_object = self.value = None
+        self.key_object: object = None
+        self.body_object: object = None
         self.small = memoryview(bytearray(32))
         self.scratch = memoryview(bytearray(4096))
         self.key_size = self.key_kind = self.hash = 0
@@ -35,12 +36,12 @@ class Request:
 
     def make_room(self, size: cython.ulonglong) -> int:
         """Make `scratch` at least `size` bytes long; its contents are lost."""
-        if cython.cast(cython.ulonglong, self.scratch.shape[0]) < size:
+        if cython.cast(cython.ulonglong, len(self.scratch)) < size:
             self.scratch = memoryview(bytearray(size))
         return 0
 
     def release(self) -> None:
         """Let go of the objects of the operation before, and of a scratch that grew large."""
-        self.key_object = self.body_object = self.value = None
-        if self.scratch.shape[0] > 1_048_576:
+        self.key_object = self.body_object = None
+        if len(self.scratch) > 1_048_576:
             self.scratch = memoryview(bytearray(4096))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 try:
     import cython
@@ -59,8 +60,8 @@ class Shard:
         number: int,
         secret: tuple[int, int],
         member: Member,
-        sleeper: object,
-        guard: object,
+        sleeper: Any,
+        guard: Any,
     ) -> None:
         region = geometry.region(number)
         self.region_start = region.header
@@ -78,7 +79,7 @@ class Shard:
         self.stride = geometry.region(1).header - self.first_header
         self.secret0, self.secret1 = secret
         self.member = member
-        self.mutexes = {}
+        self.mutexes: dict[int, threading.Lock] = {}
         self.table = Table(words, region.header, region.log, region.buckets, region.slots, geometry.slots)
         self.blocks = Blocks(words, data, region.header, region.log, region.bins, region.blocks, geometry.blocks)
         self.order = Lru(words, region.header, region.log, region.slots, geometry.slots)
@@ -92,9 +93,9 @@ class Shard:
     # --- reading without the lock -----------------------------------------------------------------------------------
     def read(self, request: Request, now: cython.ulonglong) -> int:
         """Copy the value of the request's key: DONE, ABSENT, or BUSY after too many collisions."""
-        attempt: cython.int
+        _attempt: cython.int
         status: cython.int
-        for attempt in range(READ_ATTEMPTS):
+        for _attempt in range(READ_ATTEMPTS):
             status = self.read_once(request, now)
             if status == NO_ROOM:
                 request.make_room(request.value_size)
@@ -154,12 +155,10 @@ class Shard:
         return ABSENT
 
     def copy_value(self, request: Request, run: cython.ulonglong) -> int:
-        """Copy the value behind the key into `scratch`, or straight into a bytes object where it is long."""
-        at: cython.ulonglong
-        request.value = None
+        """Copy the value behind the key into `scratch`: DONE, or NO_ROOM."""
         if request.value_size > self.max_entry:
             return CORRUPT  # or a torn read: the version will tell
-        if request.value_size <= cython.cast(cython.ulonglong, request.scratch.shape[0]):
+        if request.value_size <= cython.cast(cython.ulonglong, len(request.scratch)):
             if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
                 return DONE
             return CORRUPT
@@ -186,7 +185,7 @@ class Shard:
         size = request.key_size + request.value_size
         if size > self.max_entry:
             status = CORRUPT
-        elif size > cython.cast(cython.ulonglong, request.scratch.shape[0]):
+        elif size > cython.cast(cython.ulonglong, len(request.scratch)):
             status = NO_ROOM
         elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
             status = CORRUPT
@@ -275,8 +274,7 @@ class Shard:
 
     def mutex(self) -> threading.Lock:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
-        mutex: threading.Lock = self.mutexes.setdefault(os.getpid(), threading.Lock())
-        return mutex
+        return self.mutexes.setdefault(os.getpid(), threading.Lock())
 
     # --- operations -------------------------------------------------------------------------------------------------
     def perform_locked(self, request: Request, now: cython.ulonglong) -> int:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 __all__ = [
     "boundscheck",
     "cast",
-    "cclass",
     "ccall",
+    "cclass",
     "cfunc",
     "compiled",
     "exceptval",

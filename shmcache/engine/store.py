@@ -98,9 +98,9 @@ class Store:
         self.decode_value = decode
         self.timeout_ns = int(lock_timeout * 1e9)
         self.clock = clock
-        self.spare = None
-        self.attachment = None
-        self.shards = []
+        self.spare: Request | None = None
+        self.attachment: Any = None
+        self.shards: list[Shard] = []
         self.epoch = CLOSED
 
     def _adopt(self, attachment: Any, default_ttl_ns: int) -> None:
@@ -140,7 +140,7 @@ class Store:
     def gets(self, key: object, default: Any = None) -> tuple[Any, int | None]:
         """The value of `key` and its version for `cas`; `(default, None)` if it is missing."""
         request: Request = self.take()
-        answer = (default, None)
+        answer: tuple[Any, int | None] = (default, None)
         if self.find(request, key):
             answer = (self.value_of(request), request.version)
         self.give(request)
@@ -158,7 +158,7 @@ class Store:
 
     def __contains__(self, key: object) -> bool:
         request: Request = self.take()
-        found: cython.bint = self.find(request, key)
+        found: cython.bint = self.find(request, key) != 0
         self.give(request)
         return found
 
@@ -200,10 +200,13 @@ class Store:
         """Store `value` only if `key` is present; whether it was stored."""
         return self.put(OP_REPLACE, key, value, ttl, 0) == DONE
 
-    def cas(self, key: object, value: object, version: int, ttl: object = DEFAULT) -> bool:
-        """Store `value` only if the entry still has the version that `gets` gave; whether it was stored."""
+    def cas(self, key: object, value: object, version: int | None, ttl: object = DEFAULT) -> bool:
+        """Store `value` only if the entry still has the version that `gets` gave; whether it was stored.
+
+        With the version None, which `gets` gives for a missing key, this is `add`.
+        """
         if version is None:
-            return False
+            return self.put(OP_ADD, key, value, ttl, 0) == DONE
         return self.put(OP_CAS, key, value, ttl, version) == DONE
 
     def delete(self, key: object) -> bool:
@@ -222,7 +225,7 @@ class Store:
             raise KeyError(key)
 
     def pop(self, key: object, default: Any = DEFAULT) -> Any:
-        """Remove `key` and return its value: exactly one of several callers gets it. Without `default`, raises KeyError."""
+        """Remove `key` and return its value: exactly one of several callers gets it. KeyError without `default`."""
         request: Request = self.take()
         now: cython.ulonglong
         while self.find(request, key):
@@ -291,7 +294,6 @@ class Store:
         """Store every item; takes each shard's lock once. Nothing is stored if one of them cannot be serialized."""
         requests = []
         now: cython.ulonglong = self.now()
-        request: Request
         for key, value in mapping.items():
             requests.append(self._prepare(OP_SET, key, value, ttl, now))
         self._run_all(requests, now)
@@ -317,7 +319,7 @@ class Store:
         request.op = op
         self.set_key(request, key)
         if op == OP_INCR:
-            delta, initial = value
+            delta, initial = cython.cast(tuple, value)
             self.set_step(request, delta, initial)
         elif op <= OP_CAS:
             self.set_value(request, value)
@@ -413,7 +415,7 @@ class Store:
         """
         now: cython.ulonglong = self.now()
         request: Request = self.take()
-        entries = []
+        entries: list[tuple[Any, Any]] = []
         place: cython.ulonglong = position
         shard: Shard = self.shards[0]
         slots: cython.ulonglong = shard.slots
@@ -433,7 +435,7 @@ class Store:
             if status == DONE:
                 key = self.key_of(request)
                 if values:
-                    request.value = make_bytes(request.scratch, request.key_size, request.value_size)
+                    copy(request.scratch, 0, request.scratch, request.key_size, request.value_size)
                     entries.append((key, self.value_of(request)))
                 else:
                     entries.append((key, None))
@@ -492,11 +494,9 @@ class Store:
 
     def take(self) -> Request:
         """A request nobody else uses: another thread may run while this one waits for a lock."""
-        request: Request = self.spare
-        if request is None:
-            return Request()
+        request = self.spare
         self.spare = None
-        return request
+        return Request() if request is None else request
 
     def give(self, request: Request) -> None:
         request.release()
@@ -509,7 +509,7 @@ class Store:
 
     @cython.boundscheck(True)  # another thread may have closed the cache
     def shard_of(self, request: Request) -> Shard:
-        return cython.cast(Shard, self.shards[self.shard_number(request)])
+        return self.shards[self.shard_number(request)]
 
     def find(self, request: Request, key: object) -> int:
         """Look `key` up and count it: 1 with a copy of the value in the request, or 0."""
@@ -621,7 +621,7 @@ class Store:
         return data if request.key_kind == KEY_BYTES else decode_key(data)
 
     # --- values: msgpack, scalars here and everything else in codec.py ----------------------------------------------
-    def set_value(self, request: Request, value: object) -> int:
+    def set_value(self, request: Request, value: Any) -> int:
         """Fill in the value's head and body."""
         request.body_size = 0
         request.keep_expiry = False
@@ -698,8 +698,6 @@ class Store:
         mark: cython.ulonglong
         number: cython.longlong
         width: cython.ulonglong
-        if request.value is not None:
-            return self.decode_value(request.value)
         mark = read_number(request.scratch, 0, 1)
         if 0xA0 <= mark < 0xC0 and size == 1 + (mark & 31):
             return make_text(request.scratch, 1, size - 1)
