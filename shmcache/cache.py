@@ -139,7 +139,7 @@ class Cache(Store):
 
     def _reattach(self) -> None:
         old = self.attachment
-        log.warning("the files of cache %r were unlinked while in use: attaching to a new one", self.name)
+        log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
         wish = self._wish
         try:
             self._wish = self._wish_for(old)

@@ -12,16 +12,17 @@ import os
 import subprocess
 import sys
 
+from shmcache.engine.membership import REAPER_BYTE, SETUP_BYTE, is_byte_locked
+
 __all__ = ["start_reaper"]
 
 _PROGRAM = """
 import fcntl, json, os, sys
 if os.fork():
     os._exit(0)
-fd, setup, lines, paths = json.loads(sys.argv[1])
-lock = paths[-1]
+fd, setup, reaper, lines, paths = json.loads(sys.argv[1])
 try:
-    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, setup + 2)  # one reaper a cache
+    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, reaper)  # one reaper a cache
 except OSError:
     os._exit(0)
 while True:
@@ -46,9 +47,9 @@ while True:
 
 def start_reaper(lock_fd: int, lines: int, paths: list[str]) -> None:
     """Start a reaper for the cache of this lock file, unless it has one. `paths` are removed, the lock file last."""
-    from shmcache.engine.membership import SETUP_BYTE
-
-    argument = json.dumps([lock_fd, SETUP_BYTE, lines, paths])
+    if is_byte_locked(lock_fd, REAPER_BYTE):
+        return
+    argument = json.dumps([lock_fd, SETUP_BYTE, REAPER_BYTE, lines, paths])
     try:
         # It forks and its first process exits at once, so nobody has a child to wait for.
         subprocess.run(

@@ -80,6 +80,7 @@ class Attachment:
         self.name = name
         self.segment_fd = segment_fd
         self.lock_fd = lock_fd
+        self._inodes = (os.fstat(segment_fd).st_ino, os.fstat(lock_fd).st_ino)
         self.users = 0
         self.data = memoryview(mmap.mmap(segment_fd, size))
         self.words = self.data.cast("Q")
@@ -106,8 +107,12 @@ class Attachment:
         return bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
 
     def is_current(self) -> bool:
-        """Whether both files still have their names."""
-        return bool(os.fstat(self.segment_fd).st_nlink and os.fstat(self.lock_fd).st_nlink)
+        """Whether both files still have their names, and this process its descriptors (a daemon may close them all)."""
+        try:
+            files = (os.fstat(self.segment_fd), os.fstat(self.lock_fd))
+        except OSError:
+            return False
+        return (files[0].st_ino, files[1].st_ino) == self._inodes and all(file.st_nlink for file in files)
 
     def check(self, wish: Wish) -> None:
         """Raise GeometryMismatch unless the live cache is what the caller asked for, as far as it asked."""
@@ -135,9 +140,15 @@ class Attachment:
             with contextlib.suppress(Exception), SetupLock(self.lock_fd, 1.0):
                 if self.is_current() and not self.registry.others_alive():
                     _remove_files(self.name)
-        os.close(self.segment_fd)
-        os.close(self.lock_fd)
+        self.close_files()
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
+
+    def close_files(self) -> None:
+        """Close the descriptors that still are ours."""
+        for fd, inode in zip((self.segment_fd, self.lock_fd), self._inodes, strict=True):
+            with contextlib.suppress(OSError):
+                if os.fstat(fd).st_ino == inode:
+                    os.close(fd)
 
 
 _attachments: dict[str, Attachment] = {}
@@ -215,29 +226,29 @@ def lock_path(name: str) -> Path:
 
 # --- opening --------------------------------------------------------------------------------------------------------
 def _attach(wish: Wish) -> Attachment:
+    attachment: Attachment | None = None
     while True:
         lock_fd = _open_lock_file(wish.name, wish.create)
         try:
             with SetupLock(lock_fd, wish.timeout):
                 if not _has_name(lock_fd, wish.name):
-                    raise _Vanished
+                    continue  # somebody unlinked it meanwhile: begin again
                 attachment = _open_segment(wish, lock_fd)
+        finally:
+            if attachment is None:
+                os.close(lock_fd)
+        try:
             attachment.member.join(wish.timeout)
-            if not attachment.is_current():
-                raise _Vanished
-        except _Vanished:
-            os.close(lock_fd)
-            continue
         except BaseException:
-            os.close(lock_fd)
+            attachment.close_files()
             raise
+        if not attachment.is_current():
+            attachment.close_files()
+            attachment = None
+            continue
         if attachment.ephemeral:
             start_reaper(lock_fd, attachment.geometry.processes, _file_paths(wish.name, attachment.geometry.shards))
         return attachment
-
-
-class _Vanished(Exception):
-    """Somebody unlinked the files meanwhile: begin again."""
 
 
 def _open_lock_file(name: str, create: bool) -> int:

@@ -38,6 +38,7 @@ __all__ = ["Guard", "Member", "Registry"]
 # Bytes of the lock file beyond those of the process table.
 SETUP_BYTE = 1 << 20  # held while the cache is created, attached to, unlinked, or a line is taken
 ATOMIC_BYTE = SETUP_BYTE + 1  # held for a compare-and-swap by uncompiled processes
+REAPER_BYTE = SETUP_BYTE + 2  # held by the reaper of an ephemeral cache
 
 GENERATION_MASK = (1 << 48) - 1
 _FLOCK = "@qqihh" if sys.platform == "darwin" else "@hhqqi0q"

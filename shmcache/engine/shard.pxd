@@ -33,6 +33,7 @@ cdef class Shard:
     cdef int enter(self, unsigned long long timeout_ns) except -1
     cdef int leave(self) except -1
     cdef object mutex(self)
+    cdef list inspect(self, bint rebuild, unsigned long long timeout_ns)
     # operations
     cdef int perform_locked(self, Request request, unsigned long long now) noexcept
     cdef unsigned long long find_locked(self, Request request) noexcept

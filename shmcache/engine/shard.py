@@ -11,6 +11,7 @@ versions forward, frees what is in limbo, and the shard stands as before the ope
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from typing import Any
@@ -47,6 +48,34 @@ from shmcache.errors import LockTimeout
 __all__ = ["Shard"]
 
 
+class Mutex:
+    """A lock among threads that a signal handler, run by the thread that has it, cannot wait for in vain."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = 0
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise LockTimeout(
+                "this thread is in the middle of a cache operation, so a signal handler or finalizer that runs within "
+                "it cannot use the cache; compiled, operations are not interrupted"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+    def try_enter(self) -> bool:
+        """Take the lock if it is free."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        self._owner = threading.get_ident()
+        return True
+
+
 @cython.final
 @cython.cclass
 class Shard:
@@ -79,7 +108,7 @@ class Shard:
         self.stride = geometry.region(1).header - self.first_header
         self.secret0, self.secret1 = secret
         self.member = member
-        self.mutexes: dict[int, threading.Lock] = {}
+        self.mutexes: dict[int, Mutex] = {}  # one a process: a fork may leave a locked one behind
         self.table = Table(words, region.header, region.log, region.buckets, region.slots, geometry.slots)
         self.blocks = Blocks(words, data, region.header, region.log, region.bins, region.blocks, geometry.blocks)
         self.order = Lru(words, region.header, region.log, region.slots, geometry.slots)
@@ -202,7 +231,7 @@ class Shard:
                     self.recover_locked()
                 self.record_hit_locked(request)
                 self.leave()
-        elif self.mutex().acquire(blocking=False):
+        elif self.mutex().try_enter():
             try:
                 if self.lock.try_acquire():
                     if self.is_dirty():
@@ -210,7 +239,7 @@ class Shard:
                     self.record_hit_locked(request)
             finally:
                 self.leave()
-                self.mutex().release()
+                self.mutex().__exit__()
         return 0
 
     def record_hit_locked(self, request: Request) -> None:
@@ -237,6 +266,21 @@ class Shard:
                 finally:
                     self.leave()
         return 0
+
+    def inspect(self, rebuild: bool, timeout_ns: cython.ulonglong) -> list[str]:
+        """Take the lock, then check or rebuild (`repair.py`); what was found wrong or dropped."""
+        if cython.compiled:
+            self.enter(timeout_ns)
+            try:
+                return _inspect_locked(self, rebuild)
+            finally:
+                self.leave()
+        with self.mutex():
+            try:
+                self.enter(timeout_ns)
+                return _inspect_locked(self, rebuild)
+            finally:
+                self.leave()
 
     def run_one(self, request: Request, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
         """Take the lock and perform one request; its status. Raises LockTimeout."""
@@ -272,9 +316,9 @@ class Shard:
                 self.recover_locked()
         return self.lock.release()
 
-    def mutex(self) -> threading.Lock:
+    def mutex(self) -> Any:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
-        return self.mutexes.setdefault(os.getpid(), threading.Lock())
+        return self.mutexes.setdefault(os.getpid(), Mutex())
 
     # --- operations -------------------------------------------------------------------------------------------------
     def perform_locked(self, request: Request, now: cython.ulonglong) -> int:
@@ -638,9 +682,7 @@ class Shard:
         elif state == STATE_CLEARING:
             self.format_locked()
         else:
-            from shmcache.engine.repair import rebuild_locked
-
-            rebuild_locked(self)
+            _inspect_locked(self, True)
         return 0
 
     def roll_back_locked(self) -> None:
@@ -666,3 +708,16 @@ class Shard:
             store_release(self.words, self.at(subject - 1) + E_VERSION, stamp)
         store(self.words, self.header + S_SUBJECT, 0)
         store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
+
+
+def _inspect_locked(shard: Shard, rebuild: bool) -> list[str]:
+    # Imported here because repair.py is about shards; and without the collector, which could run a finalizer.
+    from shmcache.engine.repair import check_locked, rebuild_locked
+
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return rebuild_locked(shard) if rebuild else check_locked(shard)
+    finally:
+        if collecting:
+            gc.enable()

@@ -6,7 +6,6 @@ rest. A `get` goes: `now`, `set_key`, `Shard.read`, `value_of`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,7 +28,6 @@ else:
     from shmcache.engine.shard import Shard
 
 from shmcache.codec import decode_key, encode_key
-from shmcache.engine.repair import check_locked, rebuild_locked
 from shmcache.errors import (
     CacheClosed,
     CorruptSegment,
@@ -458,20 +456,10 @@ class Store:
         return answer
 
     def _inspect(self, number: int, rebuild: bool) -> list[str]:
-        """What `repair.py` says of a shard, with its lock held; and without the collector, which could call Python."""
+        """What `repair.py` says of a shard."""
         self.now()
         shard: Shard = self.shards[number]
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            shard.enter(self.timeout_ns)
-            try:
-                return rebuild_locked(shard) if rebuild else check_locked(shard)
-            finally:
-                shard.leave()
-        finally:
-            if collecting:
-                gc.enable()
+        return shard.inspect(rebuild, self.timeout_ns)
 
     # --- the way of an operation ------------------------------------------------------------------------------------
     def now(self) -> int:
@@ -485,11 +473,11 @@ class Store:
         """Notice that the cache was closed, that this is a forked child, or that the files were unlinked."""
         if self.epoch == CLOSED:
             raise CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
-        if self.epoch != process_epoch():
-            self.member.join(self.timeout_ns / 1e9)
-            self.epoch = process_epoch()
         if not self.attachment.is_current():
             self._reattach()
+        elif self.epoch != process_epoch():
+            self.member.join(self.timeout_ns / 1e9)
+            self.epoch = process_epoch()
         self.next_check = now + CHECK_NS
 
     def take(self) -> Request:
