@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Self
 
 from shmcache import segment
@@ -39,9 +40,9 @@ def parse_size(size: int | str, name: str = "max_bytes") -> int:
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise ValueError(f"{name}={size!r} is no size: expected a number and a unit, such as '64MB' or '1.5 GiB'")
-        size = int(float(match[1]) * unit)
-    if size <= 0:
-        raise ValueError(f"{name}={size!r}: expected more than 0 bytes")
+        size = int(Fraction(match[1]) * unit)
+    if not 0 < size < 1 << 63:
+        raise ValueError(f"{name}={size!r}: expected more than 0 bytes and less than 8 EiB")
     return size
 
 

@@ -45,6 +45,7 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
     """
     name = f"{function.__module__}.{function.__qualname__}"
     signature = inspect.signature(function)
+    extra = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
     hits = misses = 0
 
     def cache_key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -53,7 +54,9 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
             return ("memoize", name, key(*args, **kwargs))
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return ("memoize", name, *map(_as_key, bound.arguments.values()))
+        if extra is not None:
+            bound.arguments[extra] = tuple(sorted(bound.arguments[extra].items()))
+        return ("memoize", name, *bound.arguments.values())
 
     def look_up(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal hits, misses
@@ -111,10 +114,3 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
     decorated.cache_clear = cache_clear
     memoized: Memoized = decorated
     return memoized
-
-
-def _as_key(argument: Any) -> Any:
-    """An argument as part of a key: *args come as a tuple already, **kwargs as a dict."""
-    if type(argument) is dict:
-        return ("kwargs", *((name, _as_key(value)) for name, value in sorted(argument.items(), key=repr)))
-    return argument

@@ -2,8 +2,8 @@
 
 A cache is two files of its user in /dev/shm (plus a semaphore a shard, once somebody waited): the segment and the lock
 file beside it. Creating, attaching and unlinking exclude each other by a byte of the lock file, which the kernel frees
-when its holder dies. The segment names the inode of its lock file; if either is unlinked behind our back, one of the
-two has no name left, and everybody moves to a new pair.
+when its holder dies. The segment names the inode of its lock file, and each segment has a fresh one; if either is unlinked
+behind our back, everybody moves to a new pair.
 
 The segment is an ordinary POSIX one, as `multiprocessing.shared_memory.SharedMemory` makes, but opened through
 posix_ipc: that never meets the resource tracker, whose process would unlink the segment when an attaching process
@@ -80,7 +80,8 @@ class Attachment:
         self.name = name
         self.segment_fd = segment_fd
         self.lock_fd = lock_fd
-        self._inodes = (os.fstat(segment_fd).st_ino, os.fstat(lock_fd).st_ino)
+        self._files = (_identity(segment_fd), _identity(lock_fd))
+        self._detached = False
         self.users = 0
         self.data = memoryview(mmap.mmap(segment_fd, size))
         self.words = self.data.cast("Q")
@@ -112,7 +113,9 @@ class Attachment:
             files = (os.fstat(self.segment_fd), os.fstat(self.lock_fd))
         except OSError:
             return False
-        return (files[0].st_ino, files[1].st_ino) == self._inodes and all(file.st_nlink for file in files)
+        return all(file.st_nlink for file in files) and self._files == tuple(
+            (file.st_dev, file.st_ino) for file in files
+        )
 
     def check(self, wish: Wish) -> None:
         """Raise GeometryMismatch unless the live cache is what the caller asked for, as far as it asked."""
@@ -131,8 +134,9 @@ class Attachment:
     def detach(self) -> None:
         """One user less; the last one gives the process's place back, and unlinks an ephemeral cache nobody uses."""
         self.users -= 1
-        if self.users > 0:
+        if self.users > 0 or self._detached:
             return
+        self._detached = True
         if _attachments.get(self.name) is self:
             del _attachments[self.name]
         self.registry.leave()
@@ -145,10 +149,15 @@ class Attachment:
 
     def close_files(self) -> None:
         """Close the descriptors that still are ours."""
-        for fd, inode in zip((self.segment_fd, self.lock_fd), self._inodes, strict=True):
+        for fd, identity in zip((self.segment_fd, self.lock_fd), self._files, strict=True):
             with contextlib.suppress(OSError):
-                if os.fstat(fd).st_ino == inode:
+                if _identity(fd) == identity:
                     os.close(fd)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 _attachments: dict[str, Attachment] = {}
@@ -167,8 +176,12 @@ def attach(wish: Wish) -> Attachment:
         if attachment is None or not attachment.is_current():
             attachment = _attach(wish)
             _attachments[wish.name] = attachment
-        attachment.check(wish)
         attachment.users += 1
+        try:
+            attachment.check(wish)
+        except BaseException:
+            attachment.detach()
+            raise
         return attachment
 
 
@@ -234,6 +247,8 @@ def _attach(wish: Wish) -> Attachment:
                 if not _has_name(lock_fd, wish.name):
                     continue  # somebody unlinked it meanwhile: begin again
                 attachment = _open_segment(wish, lock_fd)
+        except _UsedLockFile:
+            continue
         finally:
             if attachment is None:
                 os.close(lock_fd)
@@ -303,6 +318,11 @@ def _open_segment(wish: Wish, lock_fd: int) -> Attachment:
         raise IncompatibleSegment(
             f"the shared memory {file_name(wish.name)!r} belongs to another user: use another cache name"
         ) from error
+    except (OSError, ValueError) as error:
+        raise IncompatibleSegment(
+            f"{DIRECTORY / file_name(wish.name)} is not shared memory but a link, a directory or the like ({error}): "
+            f"remove it, or use another cache name"
+        ) from error
     try:
         return _open_existing(wish, memory.fd, lock_fd)
     except _HalfCreated:
@@ -318,6 +338,10 @@ def _open_segment(wish: Wish, lock_fd: int) -> Attachment:
     except BaseException:
         os.close(memory.fd)
         raise
+
+
+class _UsedLockFile(Exception):
+    """The lock file had another segment, and has lost its name: begin again with a new one."""
 
 
 class _HalfCreated(Exception):
@@ -403,6 +427,11 @@ def segment_bytes(max_bytes: int) -> int:
 
 # --- creating -------------------------------------------------------------------------------------------------------
 def _create(wish: Wish, lock_fd: int) -> Attachment:
+    # Whoever has the segment of before may be locking bytes of this lock file, so each segment gets a fresh one.
+    if os.fstat(lock_fd).st_size:
+        lock_path(wish.name).unlink(missing_ok=True)
+        raise _UsedLockFile
+    os.ftruncate(lock_fd, 1)
     fd = -1
     try:
         geometry = wish.geometry()
@@ -449,8 +478,8 @@ def _reserve(fd: int, size: int, name: str) -> None:
             os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
             raise
         room = os.statvfs(DIRECTORY)
         raise SegmentTooLarge(

@@ -111,6 +111,7 @@ cdef enum:
     OP_READ = 8
     OP_PURGE = 9
     OP_CLEAR = 10
+    OP_EVICT = 11
     DONE = 0
     ABSENT = 1
     PRESENT = 2
@@ -122,4 +123,5 @@ cdef enum:
     TIMED_OUT = 8
     TOO_LARGE = 9
     NO_ROOM = 10
+    FULL = 11
     PAGE = 4096

@@ -165,6 +165,7 @@ OP_TOUCH = 7
 OP_READ = 8
 OP_PURGE = 9
 OP_CLEAR = 10
+OP_EVICT = 11
 
 DONE = 0
 ABSENT = 1  # the key was not there
@@ -176,7 +177,9 @@ OUT_OF_RANGE = 6
 CORRUPT = 7
 TIMED_OUT = 8
 TOO_LARGE = 9
+# These two want something done without the lock, and then the request again:
 NO_ROOM = 10  # the scratch memory of the request is shorter than the value
+FULL = 11  # the cache is, but this shard has next to nothing: another one must evict
 
 POLICIES = {"lru": 0}
 PAGE = 4096
@@ -217,9 +220,10 @@ class Geometry:
         """Lay `max_bytes` out; raises ValueError where they do not hold one entry per shard."""
         if shards is None:
             shards = _default_shards(max_bytes, max_entries)
+        usable = max_bytes // PAGE * PAGE  # the file has whole pages, and never more bytes than asked for
         processes = max(MIN_PROCESSES, min(MAX_PROCESSES, max_bytes // 16_384))
         fixed = HEADER_WORDS + processes * PROCESS_WORDS
-        per_shard = (max_bytes // 8 - fixed) // shards // 8 * 8 - _fixed_shard_words()
+        per_shard = (usable // 8 - fixed) // shards // 8 * 8 - _fixed_shard_words()
         if max_entries is None:
             # One slot for each 512 bytes: smaller entries run out of slots first, larger ones out of blocks.
             max_entries = max(shards, min(max_bytes // 512, per_shard * shards // 32))
@@ -227,6 +231,7 @@ class Geometry:
         words = per_shard - _round8(slots) - slots * SLOT_WORDS
         if words < BLOCK_WORDS:
             needed = 8 * (fixed + shards * (_fixed_shard_words() + _round8(slots) + slots * SLOT_WORDS + BLOCK_WORDS))
+            needed = -(-needed // PAGE) * PAGE
             raise ValueError(
                 f"max_bytes={max_bytes} is too small for max_entries={max_entries} in {shards} shard(s): "
                 f"at least {needed} bytes are needed for the slots, the process table and one block of values each"
@@ -274,5 +279,5 @@ def _slots_per_shard(max_entries: int, shards: int) -> int:
     share = -(-max_entries // shards)
     if shards == 1:
         return share
-    # Six standard deviations of a binomial share: an overfull shard then evicts early once in 10**9 caches.
+    # Six standard deviations of a binomial share: one cache in 10**9 has a shard that evicts before the cache is full.
     return share + 6 * (int(share**0.5) + 1)

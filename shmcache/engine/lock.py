@@ -113,11 +113,13 @@ class Lock:
         return 0
 
     def add_waiters(self, by: cython.int) -> bool:
-        """Change the number of waiters, never below 0; False when there were none to take away."""
+        """Change the number of waiters, never below 0; whether that was done. Being wrong costs a wake-up, no more."""
         waiters: cython.ulonglong
-        while True:
+        _attempt: cython.int
+        for _attempt in range(100):
             waiters = load(self.words, self.header + S_WAITERS)
             if by < 0 and not waiters:
                 return False
             if compare_and_swap(self.words, self.header + S_WAITERS, waiters, wrap(waiters + by), self.guard):
                 return True
+        return False

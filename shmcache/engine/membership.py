@@ -41,6 +41,8 @@ ATOMIC_BYTE = SETUP_BYTE + 1  # held for a compare-and-swap by uncompiled proces
 REAPER_BYTE = SETUP_BYTE + 2  # held by the reaper of an ephemeral cache
 
 GENERATION_MASK = (1 << 48) - 1
+GUARD_PATIENCE = 0.02  # seconds to wait for a compare-and-swap of another process
+
 _FLOCK = "@qqihh" if sys.platform == "darwin" else "@hhqqi0q"
 
 
@@ -188,15 +190,23 @@ class Guard:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def __enter__(self) -> None:
-        _own_mutex(_atomic_mutexes).acquire()
+    def enter(self) -> bool:
+        """Exclude all others; False after a while, for instance because one of them was stopped just here."""
+        deadline = time.monotonic() + GUARD_PATIENCE
+        if not _own_mutex(_atomic_mutexes).acquire(timeout=GUARD_PATIENCE):
+            return False
         try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, ATOMIC_BYTE)
+            while not try_lock_byte(self.fd, ATOMIC_BYTE):
+                if time.monotonic() > deadline:
+                    _own_mutex(_atomic_mutexes).release()
+                    return False
+                time.sleep(0)
         except BaseException:
             _own_mutex(_atomic_mutexes).release()
             raise
+        return True
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
         finally:

@@ -11,9 +11,12 @@ import os
 import struct
 import sys
 import time
-from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from shmcache.engine.layout import L_ENTRIES, LOG_ENTRIES
+
+if TYPE_CHECKING:
+    from shmcache.engine.membership import Guard
 
 MASK = 0xFFFF_FFFF_FFFF_FFFF
 HALF = 0xFFFF_FFFF
@@ -47,13 +50,17 @@ def logged_store(words: memoryview, log: int, index: int, value: int) -> None:
     store(words, index, value)
 
 
-def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: AbstractContextManager[object]) -> bool:
+def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: Guard) -> bool:
     """Store `new` where `old` is; `guard` makes that atomic among all processes, where C has an instruction for it."""
-    with guard:
+    if not guard.enter():
+        return False
+    try:
         if load(words, index) != old:
             return False
         store(words, index, new)
         return True
+    finally:
+        guard.leave()
 
 
 def swap(words: memoryview, index: int, value: int) -> int:

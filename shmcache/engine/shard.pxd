@@ -28,7 +28,8 @@ cdef class Shard:
     cdef int touch_order(self, Request request) except -1
     cdef void record_hit_locked(self, Request request) noexcept
     # the section
-    cdef int run(self, list[Request] requests, unsigned long long now, unsigned long long timeout_ns) except -1
+    cdef int run(self, list[Request] requests, int start, unsigned long long now, unsigned long long timeout_ns) except -1
+    cdef int run_locked(self, list[Request] requests, int start, unsigned long long now) noexcept
     cdef int run_one(self, Request request, unsigned long long now, unsigned long long timeout_ns) except -1
     cdef int enter(self, unsigned long long timeout_ns) except -1
     cdef int leave(self) except -1

@@ -248,24 +248,37 @@ class Shard:
             store_release(self.words, self.log + L_USED, 0)
 
     # --- the section ------------------------------------------------------------------------------------------------
-    def run(self, requests: list[Request], now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
-        """Take the lock once and perform the requests, each of them a transaction; raises LockTimeout."""
-        request: Request
+    def run(
+        self, requests: list[Request], start: cython.int, now: cython.ulonglong, timeout_ns: cython.ulonglong
+    ) -> int:
+        """Take the lock once and perform the requests from number `start` on, each of them a transaction.
+
+        The number of the first that is not done because something must be done without the lock first (NO_ROOM, FULL);
+        otherwise their count. Raises LockTimeout.
+        """
         if cython.compiled:
             self.enter(timeout_ns)
-            for request in requests:
-                request.status = self.perform_locked(request, now)
+            start = self.run_locked(requests, start, now)
             self.leave()
         else:
             # Python code can be interrupted anywhere: `leave` rolls back what was not finished.
             with self.mutex():
                 try:
                     self.enter(timeout_ns)
-                    for request in requests:
-                        request.status = self.perform_locked(request, now)
+                    start = self.run_locked(requests, start, now)
                 finally:
                     self.leave()
-        return 0
+        return start
+
+    def run_locked(self, requests: list[Request], start: cython.int, now: cython.ulonglong) -> int:
+        number: cython.int
+        request: Request
+        for number in range(start, len(requests)):
+            request = requests[number]
+            request.status = self.perform_locked(request, now)
+            if request.status >= NO_ROOM:
+                return number
+        return len(requests)
 
     def inspect(self, rebuild: bool, timeout_ns: cython.ulonglong) -> list[str]:
         """Take the lock, then check or rebuild (`repair.py`); what was found wrong or dropped."""
@@ -289,7 +302,7 @@ class Shard:
             request.status = self.perform_locked(request, now)
             self.leave()
         else:
-            self.run([request], now, timeout_ns)
+            self.run([request], 0, now, timeout_ns)
         return request.status
 
     def enter(self, timeout_ns: cython.ulonglong) -> int:
@@ -326,12 +339,18 @@ class Shard:
         found: cython.ulonglong
         expiry: cython.ulonglong
         op: cython.int = request.op
+        status: cython.int
         if op == OP_CLEAR:
             return self.clear_locked()
         if op == OP_PURGE:
             return self.purge_locked(request, now)
+        if op == OP_EVICT:
+            return DONE if self.evict_locked(now) else ABSENT
         if op == OP_READ:
-            return self.read_once(request, now)
+            status = self.read_once(request, now)
+            if status == DONE:
+                self.record_hit_locked(request)
+            return status
         self.expire_locked(now, SWEEP)
         found = self.find_locked(request)
         if found:
@@ -390,6 +409,8 @@ class Shard:
             store_release(self.words, self.log + L_USED, 0)
         else:
             while self.is_full_locked():
+                if load(self.words, self.header + S_ENTRIES) * 2 < self.share:
+                    return FULL
                 if not self.evict_locked(now):
                     return CORRUPT
         while True:
@@ -588,13 +609,11 @@ class Shard:
 
     def is_full_locked(self) -> bool:
         """Whether a new entry needs another one to go first."""
-        here: cython.ulonglong = load(self.words, self.header + S_ENTRIES)
         shard: cython.ulonglong
         total: cython.ulonglong = 0
         if not load(self.words, self.header + S_FREE_SLOT):
             return True
-        # Shards have slots to spare; as long as this one is well below its share, all of them are below the bound.
-        if self.shards == 1 or here + (self.slots - self.share) < self.share:
+        if self.shards == 1:
             return False
         for shard in range(self.shards):
             total += load(self.words, self.first_header + shard * self.stride + S_ENTRIES)

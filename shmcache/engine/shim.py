@@ -24,7 +24,7 @@ T = TypeVar("T")
 compiled = False
 
 # Types: annotations only, never called.
-bint = uchar = uint = ulonglong = longlong = Py_ssize_t = p_uchar = p_char = double = object
+bint = int = uchar = ulonglong = longlong = p_uchar = object
 
 
 def _unchanged(thing: T) -> T:

@@ -29,6 +29,8 @@ cdef class Store:
     cdef int find(self, Request request, object key) except -1
     cdef int change(self, Request request, int op, unsigned long long now) except -1
     cdef int read_locked(self, Request request, Shard shard, unsigned long long now) except -1
+    cdef int make_way(self, Request request, unsigned long long now) except -1
+    cdef object failure(self, int status)
     cdef int raise_for(self, int status) except -1
     cdef int put(self, int op, object key, object value, object ttl, unsigned long long version) except -1
     cdef int set_step(self, Request request, object delta, object initial) except -1

@@ -205,6 +205,10 @@ class Store:
         """
         if version is None:
             return self.put(OP_ADD, key, value, ttl, 0) == DONE
+        if type(version) is not int:
+            raise TypeError(f"version is an int or None, as gets gives it, not {type(version).__name__} ({version!r})")
+        if not 0 < version < 1 << 63:
+            return False  # no entry has such a version
         return self.put(OP_CAS, key, value, ttl, version) == DONE
 
     def delete(self, key: object) -> bool:
@@ -289,13 +293,20 @@ class Store:
 
     # --- many at once -----------------------------------------------------------------------------------------------
     def set_many(self, mapping: Mapping[Any, object], ttl: object = DEFAULT) -> None:
-        """Store every item; takes each shard's lock once. Nothing is stored if one of them cannot be serialized."""
+        """Store every item; takes each shard's lock once. Nothing is stored if one of them cannot be serialized.
+
+        Raises ValueTooLarge if one of them does not fit; the others are stored.
+        """
         requests = []
         now: cython.ulonglong = self.now()
+        request: Request
         for key, value in mapping.items():
             requests.append(self._prepare(OP_SET, key, value, ttl, now))
         self._run_all(requests, now)
-        self.member.count(C_SETS, len(requests))
+        for request in requests:
+            self.member.count(C_SETS, request.status == DONE)
+        for request in requests:
+            self.raise_for(request.status)
 
     def delete_many(self, keys: Iterable[object]) -> int:
         """Remove the keys, taking each shard's lock once; how many were present."""
@@ -333,11 +344,12 @@ class Store:
         for request in requests:
             groups[self.shard_number(request)].append(request)
         for number, group in enumerate(groups):
-            if group:
-                shard = self.shards[number]
-                shard.run(group, now, self.timeout_ns)
-        for request in requests:
-            self.raise_for(request.status)
+            shard = self.shards[number]
+            done = 0
+            while done < len(group):
+                done = shard.run(group, done, now, self.timeout_ns)
+                if done < len(group):
+                    self.make_way(group[done], now)
 
     def _perform(self, operations: list[tuple[int, object, object, object]]) -> list[tuple[int, Any]]:
         """Perform (op, key, value, ttl) each, in order within a shard: status and result, or an exception as result.
@@ -351,9 +363,8 @@ class Store:
         self._run_all(requests, now)
         for request, operation in zip(requests, operations, strict=True):
             result: Any = None
-            if request.status == NO_ROOM:
-                result = self.get(operation[1], DEFAULT)
-                request.status = ABSENT if result is DEFAULT else DONE
+            if request.status >= CORRUPT:
+                result = self.failure(request.status)
             elif request.op == OP_READ:
                 if request.status == DONE:
                     result = self.value_of(request)
@@ -549,25 +560,48 @@ class Store:
         request.op = op
         shard: Shard = self.shard_of(request)
         status: cython.int = shard.run_one(request, now, self.timeout_ns)
+        while status == FULL:
+            self.make_way(request, now)
+            status = shard.run_one(request, now, self.timeout_ns)
         if status >= CORRUPT:
             self.raise_for(status)
         return status
 
+    def make_way(self, request: Request, now: cython.ulonglong) -> int:
+        """Do what a request needs that its shard cannot do with its lock held."""
+        shard: Shard
+        fullest: Shard = self.shards[0]
+        if request.status == NO_ROOM:
+            return request.make_room(request.value_size)
+        for shard in self.shards:
+            if load(shard.words, shard.header + S_ENTRIES) > load(fullest.words, fullest.header + S_ENTRIES):
+                fullest = shard
+        eviction: Request = Request()
+        eviction.op = OP_EVICT
+        return fullest.run_one(eviction, now, self.timeout_ns)
+
     def raise_for(self, status: cython.int) -> int:
         """Raise what a status means if it is a failure."""
+        failure = self.failure(status)
+        if failure is not None:
+            raise failure
+        return 0
+
+    def failure(self, status: cython.int) -> Exception | None:
+        """The exception for a status that is a failure."""
         if status == TOO_LARGE:
             shard: Shard = self.shards[0]
-            raise ValueTooLarge(
+            return ValueTooLarge(
                 f"the key and its value take more than the {shard.max_entry:,} bytes that one of the "
                 f"{self.shard_count} shard(s) holds; the value stored before, if any, is kept. Create the cache with a "
                 f"larger max_bytes or fewer shards"
             )
         if status == CORRUPT:
-            raise CorruptSegment(
+            return CorruptSegment(
                 f"the contents of cache {self.attachment.name!r} contradict themselves: `cache.check()` says where, "
                 f"`cache.repair()` keeps what can be proved"
             )
-        return 0
+        return None
 
     # --- keys -------------------------------------------------------------------------------------------------------
     def set_key(self, request: Request, key: object) -> int:
