@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -186,8 +187,9 @@ class Cache(Store):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When the interpreter ends, modules that closing needs may be emptied; `atexit` has detached by then.
+        if not getattr(self, "_closed", True) and not _is_finalizing():
             self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:

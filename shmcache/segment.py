@@ -2,8 +2,8 @@
 
 A cache is two files of its user in /dev/shm (plus a semaphore a shard, once somebody waited): the segment and the lock
 file beside it. Creating, attaching and unlinking exclude each other by a byte of the lock file, which the kernel frees
-when its holder dies. The segment names the inode of its lock file, and each segment has a fresh one; if either is unlinked
-behind our back, everybody moves to a new pair.
+when its holder dies. The segment names the inode of its lock file, and each segment has a fresh one; if either is
+unlinked behind our back, everybody moves to a new pair.
 
 The segment is an ordinary POSIX one, as `multiprocessing.shared_memory.SharedMemory` makes, but opened through
 posix_ipc: that never meets the resource tracker, whose process would unlink the segment when an attaching process
@@ -176,6 +176,8 @@ def attach(wish: Wish) -> Attachment:
         if attachment is None or not attachment.is_current():
             attachment = _attach(wish)
             _attachments[wish.name] = attachment
+        else:
+            attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's
         attachment.users += 1
         try:
             attachment.check(wish)

@@ -236,8 +236,9 @@ class Geometry:
                 f"max_bytes={max_bytes} is too small for max_entries={max_entries} in {shards} shard(s): "
                 f"at least {needed} bytes are needed for the slots, the process table and one block of values each"
             )
-        blocks = min(words // BLOCK_WORDS, RUN_LENGTH_MASK)
-        return cls(max_bytes, max_entries, shards, slots, blocks, processes, eviction)
+        if words // BLOCK_WORDS > RUN_LENGTH_MASK:
+            raise ValueError(f"max_bytes={max_bytes} in {shards} shard(s): one shard has at most 64 GiB, ask for more")
+        return cls(max_bytes, max_entries, shards, slots, words // BLOCK_WORDS, processes, eviction)
 
     def region(self, shard: int) -> Region:
         """The place of shard number `shard`."""
@@ -270,6 +271,8 @@ def _round8(words: int) -> int:
 def _default_shards(max_bytes: int, max_entries: int | None) -> int:
     # A shard below 16 MiB or 4,096 entries would cost exact eviction and large values more than it buys in parallelism.
     shards = 1
+    while max_bytes // shards >= 32 * 2**30 and shards < MAX_SHARDS:
+        shards *= 2
     while shards < 16 and max_bytes >= shards * 32 * 2**20 and (max_entries is None or max_entries >= shards * 8192):
         shards *= 2
     return shards

@@ -234,7 +234,15 @@ cdef extern from *:
     }
     #define shm_bytes_data(b) ((unsigned char *)PyBytes_AS_STRING(b))
     #define shm_bytes_length(b) ((unsigned long long)PyBytes_GET_SIZE(b))
-    #define shm_make_text(d, at, n) PyUnicode_DecodeUTF8((const char *)(d).data + (at), (Py_ssize_t)(n), NULL)
+    static inline PyObject *shm_decode(const char *bytes, Py_ssize_t size) {
+        PyObject *text = PyUnicode_DecodeUTF8(bytes, size, NULL);
+        if (text == NULL && PyErr_ExceptionMatches(PyExc_UnicodeDecodeError)) {
+            PyErr_Clear();
+            text = Py_NewRef(Py_None);
+        }
+        return text;
+    }
+    #define shm_make_text(d, at, n) shm_decode((const char *)(d).data + (at), (Py_ssize_t)(n))
     #define shm_make_bytes(d, at, n) PyBytes_FromStringAndSize((const char *)(d).data + (at), (Py_ssize_t)(n))
     """
     unsigned char* text_pointer "shm_text_pointer"(object text) except NULL

@@ -32,7 +32,7 @@ load_acquire = load
 
 def store(words: memoryview, index: int, value: int) -> None:
     if 0 <= index < len(words):
-        words[index] = value
+        words[index] = value & MASK
 
 
 store_release = store
@@ -41,7 +41,7 @@ store_release = store
 def logged_store(words: memoryview, log: int, index: int, value: int) -> None:
     """Store `value` at `index`, but first append (index, old value) to the undo log whose first word is `log`."""
     used = load(words, log)
-    if index >= len(words) or used >= LOG_ENTRIES:
+    if not 0 <= index < len(words) or used >= LOG_ENTRIES:
         return
     entry = log + L_ENTRIES + 2 * used
     store(words, entry, index)
@@ -200,8 +200,12 @@ def bytes_size(data: bytes) -> int:
     return len(data)
 
 
-def make_text(data: memoryview, at: int, size: int) -> str:
-    return str(data[at : at + size], "utf-8")
+def make_text(data: memoryview, at: int, size: int) -> str | None:
+    """The str whose UTF-8 these bytes are, None if they are not UTF-8."""
+    try:
+        return str(data[at : at + size], "utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def make_bytes(data: memoryview, at: int, size: int) -> bytes:

@@ -663,6 +663,7 @@ class Shard:
     def format_locked(self) -> None:
         """Make the shard empty, whatever it holds."""
         number: cython.ulonglong
+        store(self.words, self.log + L_USED, 0)
         fence_release()
         self.table.format_free()
         self.blocks.format_free()

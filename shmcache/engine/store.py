@@ -636,7 +636,10 @@ class Store:
     def key_of(self, request: Request) -> object:
         """The key at the beginning of `scratch`."""
         if request.key_kind == KEY_TEXT:
-            return make_text(request.scratch, 0, request.key_size)
+            text = make_text(request.scratch, 0, request.key_size)
+            if text is None:
+                self.raise_for(CORRUPT)
+            return text
         if request.key_kind == KEY_PACKED and request.key_size == 9 and read_number(request.scratch, 0, 1) == 0xD3:
             return as_signed(read_number(request.scratch, 1, 8))
         data = make_bytes(request.scratch, 0, request.key_size)
@@ -715,18 +718,23 @@ class Store:
             request.head_size = write_number(request.small, HEAD_AT, 0xD3, wrap(value), 8)
 
     def value_of(self, request: Request) -> object:
-        """The value whose copy the request has."""
+        """The value whose copy the request has; what is not well-formed is left to codec.py to refuse."""
         size: cython.ulonglong = request.value_size
         mark: cython.ulonglong
         number: cython.longlong
         width: cython.ulonglong
         mark = read_number(request.scratch, 0, 1)
+        text: object
         if 0xA0 <= mark < 0xC0 and size == 1 + (mark & 31):
-            return make_text(request.scratch, 1, size - 1)
-        if 0xD9 <= mark <= 0xDB:
+            text = make_text(request.scratch, 1, size - 1)
+            if text is not None:
+                return text
+        elif 0xD9 <= mark <= 0xDB:
             width = 1 << (mark - 0xD9)
             if size == 1 + width + read_number(request.scratch, 1, width):
-                return make_text(request.scratch, 1 + width, size - 1 - width)
+                text = make_text(request.scratch, 1 + width, size - 1 - width)
+                if text is not None:
+                    return text
         elif 0xC4 <= mark <= 0xC6:
             width = 1 << (mark - 0xC4)
             if size == 1 + width + read_number(request.scratch, 1, width):
