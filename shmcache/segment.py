@@ -34,7 +34,7 @@ import posix_ipc
 from shmcache.engine import layout
 from shmcache.engine.layout import Geometry
 from shmcache.engine.membership import Guard, Member, Registry, SetupLock
-from shmcache.engine.primitives import load, store
+from shmcache.engine.primitives import load, process_epoch, store
 from shmcache.engine.shard import Shard
 from shmcache.engine.store import is_compiled
 from shmcache.errors import CacheNotFound, CorruptSegment, GeometryMismatch, IncompatibleSegment, SegmentTooLarge
@@ -165,7 +165,7 @@ _mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a l
 
 
 def _own_mutex() -> threading.RLock:
-    return _mutexes.setdefault(os.getpid(), threading.RLock())
+    return _mutexes.setdefault(process_epoch(), threading.RLock())
 
 
 def attach(wish: Wish) -> Attachment:

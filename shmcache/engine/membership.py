@@ -35,6 +35,8 @@ from shmcache.errors import LockTimeout, TooManyProcesses
 
 __all__ = ["Guard", "Member", "Registry"]
 
+watch_forks()
+
 # Bytes of the lock file beyond those of the process table.
 SETUP_BYTE = 1 << 20  # held while the cache is created, attached to, unlinked, or a line is taken
 ATOMIC_BYTE = SETUP_BYTE + 1  # held for a compare-and-swap by uncompiled processes
@@ -79,7 +81,7 @@ class Registry:
         self.fd = fd
         self.processes = processes
         self.own_line = -1
-        self._own_pid = 0
+        self._own_epoch = 0
 
     def line(self, number: int) -> int:
         """The word index of a line of the table."""
@@ -88,7 +90,7 @@ class Registry:
     def take_line(self, timeout: float) -> None:
         """Lock a byte, start a new generation of its line, and fold what its last process counted into the totals."""
         with SetupLock(self.fd, timeout):
-            if self._own_pid == os.getpid():
+            if self._own_epoch == process_epoch():
                 return
             line = self._lock_a_line()
             at = self.line(line)
@@ -101,7 +103,7 @@ class Registry:
             store(self.words, at + P_ATTACHED, time.time_ns())
             store(self.words, at + P_PID, os.getpid())
             self.own_line = line
-            self._own_pid = os.getpid()
+            self._own_epoch = process_epoch()
 
     def _lock_a_line(self) -> int:
         for _attempt in range(5):
@@ -119,9 +121,9 @@ class Registry:
 
     def leave(self) -> None:
         """Give the line back. Closing the lock file right after drops the lock."""
-        if self._own_pid == os.getpid():
+        if self._own_epoch == process_epoch():
             store(self.words, self.line(self.own_line) + P_PID, 0)
-        self._own_pid = 0
+        self._own_epoch = 0
 
     def is_alive(self, owner: int) -> bool:
         """Whether the process of this owner id still runs."""
@@ -181,7 +183,7 @@ _atomic_mutexes: dict[int, threading.Lock] = {}
 
 
 def _own_mutex(mutexes: dict[int, threading.Lock]) -> threading.Lock:
-    return mutexes.setdefault(os.getpid(), threading.Lock())
+    return mutexes.setdefault(process_epoch(), threading.Lock())
 
 
 class Guard:

@@ -252,6 +252,17 @@ def watch_forks() -> None:
     """Begin to count forks; in C the handler also sees forks that Python's hooks do not, such as uWSGI's."""
 
 
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 def process_epoch() -> int:
-    """A number that is another one in a forked child."""
-    return os.getpid()
+    """A number that is another one in a forked child: a hook may not run, and in another namespace pids repeat."""
+    return _forks << 32 | os.getpid()

@@ -12,7 +12,6 @@ versions forward, frees what is in limbo, and the shard stands as before the ope
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from typing import Any
 
@@ -331,7 +330,7 @@ class Shard:
 
     def mutex(self) -> Any:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
-        return self.mutexes.setdefault(os.getpid(), Mutex())
+        return self.mutexes.setdefault(process_epoch(), Mutex())
 
     # --- operations -------------------------------------------------------------------------------------------------
     def perform_locked(self, request: Request, now: cython.ulonglong) -> int:
