@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmcache.engine import layout
-from shmcache.engine.store import DEFAULT
-
-if TYPE_CHECKING:
-    from shmcache.cache import Cache
+from shmcache.engine.store import DEFAULT, Store
 
 __all__ = ["Batch", "Pending"]
 
@@ -44,8 +41,8 @@ class Batch:
     that cannot be serialized raise at the end of the block, before anything has been performed.
     """
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._pending: list[Pending] = []
 
     def get(self, key: object, default: Any = None) -> Pending:
@@ -89,7 +86,7 @@ class Batch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         pending, self._pending = self._pending, []
         if kind is None and pending:
-            outcomes = self._cache._perform([each._operation for each in pending])
+            outcomes = self._store._perform([each._operation for each in pending])
             for each, outcome in zip(pending, outcomes, strict=True):
                 each._outcome = outcome
 

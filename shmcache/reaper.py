@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 
-from shmcache.engine.membership import REAPER_BYTE, SETUP_BYTE, is_byte_locked
+from shmcache.engine.bytelock import REAPER_BYTE, SETUP_BYTE, is_byte_locked
 
 __all__ = ["start_reaper"]
 

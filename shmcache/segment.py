@@ -32,9 +32,11 @@ from pathlib import Path
 import posix_ipc
 
 from shmcache.engine import layout
+from shmcache.engine.bytelock import Guard, SetupLock
 from shmcache.engine.layout import Geometry
-from shmcache.engine.membership import Guard, Member, Registry, SetupLock
+from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
+from shmcache.engine.repair import inspect_locked
 from shmcache.engine.shard import Shard
 from shmcache.engine.store import is_compiled
 from shmcache.errors import CacheNotFound, CorruptSegment, GeometryMismatch, IncompatibleSegment, SegmentTooLarge
@@ -95,7 +97,7 @@ class Attachment:
         self.sleepers = [Sleeper(f"/{file_name(self.name)}~{number}") for number in range(geometry.shards)]
         guard = Guard(self.lock_fd)
         self.shards = [
-            Shard(self.words, self.data, geometry, number, self.secret, self.member, sleeper, guard)
+            Shard(self.words, self.data, geometry, number, self.secret, self.member, sleeper, guard, inspect_locked)
             for number, sleeper in enumerate(self.sleepers)
         ]
 

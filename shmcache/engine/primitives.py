@@ -11,12 +11,9 @@ import os
 import struct
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 from shmcache.engine.layout import L_ENTRIES, LOG_ENTRIES
-
-if TYPE_CHECKING:
-    from shmcache.engine.membership import Guard
 
 MASK = 0xFFFF_FFFF_FFFF_FFFF
 HALF = 0xFFFF_FFFF
@@ -50,8 +47,8 @@ def logged_store(words: memoryview, log: int, index: int, value: int) -> None:
     store(words, index, value)
 
 
-def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: Guard) -> bool:
-    """Store `new` where `old` is; `guard` makes that atomic among all processes, where C has an instruction for it."""
+def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: Any) -> bool:
+    """Store `new` where `old` is. A `bytelock.Guard` makes that atomic among all processes; C has an instruction."""
     if not guard.enter():
         return False
     try:

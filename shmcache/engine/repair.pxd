@@ -5,8 +5,7 @@ cdef class Inspector:
     cdef unsigned char[::1] claimed, seen
     cdef readonly list problems
     cdef unsigned long long used, timed, used_bytes
-    cpdef void check(self)
-    cpdef void run_rebuild(self)
+    cdef void check(self)
     cdef void report(self, str problem)
     cdef bint is_sound(self, unsigned long long slot)
     cdef bint claim(self, unsigned long long slot)

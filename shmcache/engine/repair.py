@@ -1,11 +1,13 @@
 """Whether a shard is sound, and how to make it so: the invariants of the segment are stated here, as code.
 
 The slots are the truth. Buckets, free lists, eviction order, timer wheel and the division of the blocks follow from
-them: `check_locked` compares, `rebuild_locked` makes them anew, dropping the entries it cannot prove. Both need the
-shard's lock. A rebuild may die at any store: the shard's state says so, and the next owner of the lock begins again.
+them: `check` compares, `rebuild` makes them anew, dropping the entries it cannot prove. Both need the shard's lock. A
+rebuild may die at any store: the shard's state says so, and the next owner of the lock begins again.
 """
 
 from __future__ import annotations
+
+import gc
 
 try:
     import cython
@@ -21,22 +23,24 @@ else:
     from shmcache.engine.primitives import *
     from shmcache.engine.shard import Shard
 
-__all__ = ["check_locked", "rebuild_locked"]
+__all__ = ["inspect_locked"]
 
 MAX_PROBLEMS = 100  # of one shard; a broken list would otherwise be reported entry by entry
 
 
-def check_locked(shard: Shard) -> list[str]:
-    """What is wrong with the shard, in words; empty when all is well."""
+def inspect_locked(shard: Shard, rebuild: bool) -> list[str]:
+    """What is wrong with the shard, in words; or with `rebuild`, which entries were dropped, and why."""
     inspector = Inspector(shard)
-    inspector.check()
-    return inspector.problems
-
-
-def rebuild_locked(shard: Shard) -> list[str]:
-    """Make everything that follows from the slots anew; which entries were dropped, and why."""
-    inspector = Inspector(shard)
-    inspector.run_rebuild()
+    collecting = gc.isenabled()
+    gc.disable()  # or it might run somebody's finalizer while we hold the lock
+    try:
+        if rebuild:
+            inspector.rebuild()
+        else:
+            inspector.check()
+    finally:
+        if collecting:
+            gc.enable()
     return inspector.problems
 
 
@@ -61,9 +65,6 @@ class Inspector:
         self.runs()
         self.bins()
         self.totals()
-
-    def run_rebuild(self) -> None:
-        self.rebuild()
 
     def report(self, problem: str) -> None:
         if len(self.problems) < MAX_PROBLEMS:

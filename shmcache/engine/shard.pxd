@@ -13,6 +13,7 @@ cdef class Shard:
     cdef readonly unsigned long long secret0, secret1
     cdef unsigned long long region_start, region_end
     cdef dict mutexes
+    cdef object inspect_locked
     cdef Table table
     cdef Blocks blocks
     cdef Lru order

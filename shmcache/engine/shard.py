@@ -11,8 +11,8 @@ versions forward, frees what is in limbo, and the shard stands as before the ope
 
 from __future__ import annotations
 
-import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -90,6 +90,7 @@ class Shard:
         member: Member,
         sleeper: Any,
         guard: Any,
+        inspect_locked: Callable[[Shard, bool], list[str]],
     ) -> None:
         region = geometry.region(number)
         self.region_start = region.header
@@ -107,6 +108,7 @@ class Shard:
         self.stride = geometry.region(1).header - self.first_header
         self.secret0, self.secret1 = secret
         self.member = member
+        self.inspect_locked = inspect_locked
         self.mutexes: dict[int, Mutex] = {}  # one a process: a fork may leave a locked one behind
         self.table = Table(words, region.header, region.log, region.buckets, region.slots, geometry.slots)
         self.blocks = Blocks(words, data, region.header, region.log, region.bins, region.blocks, geometry.blocks)
@@ -284,13 +286,13 @@ class Shard:
         if cython.compiled:
             self.enter(timeout_ns)
             try:
-                return _inspect_locked(self, rebuild)
+                return self.inspect_locked(self, rebuild)
             finally:
                 self.leave()
         with self.mutex():
             try:
                 self.enter(timeout_ns)
-                return _inspect_locked(self, rebuild)
+                return self.inspect_locked(self, rebuild)
             finally:
                 self.leave()
 
@@ -701,7 +703,7 @@ class Shard:
         elif state == STATE_CLEARING:
             self.format_locked()
         else:
-            _inspect_locked(self, True)
+            self.inspect_locked(self, True)
         return 0
 
     def roll_back_locked(self) -> None:
@@ -727,16 +729,3 @@ class Shard:
             store_release(self.words, self.at(subject - 1) + E_VERSION, stamp)
         store(self.words, self.header + S_SUBJECT, 0)
         store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
-
-
-def _inspect_locked(shard: Shard, rebuild: bool) -> list[str]:
-    # Imported here because repair.py is about shards; and without the collector, which could run a finalizer.
-    from shmcache.engine.repair import check_locked, rebuild_locked
-
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return rebuild_locked(shard) if rebuild else check_locked(shard)
-    finally:
-        if collecting:
-            gc.enable()

@@ -1,3 +1,5 @@
+# cython: boundscheck=True
+# (A list of shards is empty once another thread has closed the cache.)
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here keys and scalars become bytes, the clock is read, the shard is chosen and hits are counted; `shard.py` does the
@@ -506,7 +508,6 @@ class Store:
         request.hash = key_hash(request.key, request.key_size, request.key_kind, self.secret0, self.secret1)
         return high(high(request.hash) * self.shard_count)
 
-    @cython.boundscheck(True)  # another thread may have closed the cache
     def shard_of(self, request: Request) -> Shard:
         return self.shards[self.shard_number(request)]
 
