@@ -1,7 +1,6 @@
 """The shared memory of a cache: how it is named, created, validated, attached to and unlinked, without races.
 
-A cache is two files of its user in /dev/shm (plus a semaphore a shard, once somebody waited): the segment and the lock
-file beside it. Creating, attaching and unlinking exclude each other by a byte of the lock file, which the kernel frees
+A cache is a segment and a lock file of its user in /dev/shm, and a semaphore for each shard. Creating, attaching and unlinking exclude each other by a byte of the lock file, which the kernel frees
 when its holder dies. The segment names the inode of its lock file, and each segment has a fresh one; if either is
 unlinked behind our back, everybody moves to a new pair.
 
@@ -416,17 +415,12 @@ def _read_geometry(header: memoryview, size: int, name: str) -> Geometry:
         and 0 < geometry.processes <= layout.MAX_PROCESSES
         and geometry.eviction != "unknown"
     )
-    if not sound or size != segment_bytes(geometry.max_bytes) or geometry.region(geometry.shards - 1).end * 8 > size:
+    if not sound or size != geometry.file_bytes or geometry.region(geometry.shards - 1).end * 8 > size:
         raise CorruptSegment(
             f"the header of cache {name!r} does not describe its {size} bytes ({geometry}): it was truncated or "
             f"overwritten; remove it with `shmcache unlink {name}`"
         )
     return geometry
-
-
-def segment_bytes(max_bytes: int) -> int:
-    """The size of the file: whole pages, never more than asked."""
-    return max_bytes // layout.PAGE * layout.PAGE
 
 
 # --- creating -------------------------------------------------------------------------------------------------------
@@ -439,7 +433,7 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
     fd = -1
     try:
         geometry = wish.geometry()
-        size = segment_bytes(geometry.max_bytes)
+        size = geometry.file_bytes
         fd = posix_ipc.SharedMemory("/" + file_name(wish.name), posix_ipc.O_CREX, mode=0o600).fd
         _reserve(fd, size, wish.name)
         attachment = Attachment(wish.name, fd, lock_fd, size)
@@ -466,6 +460,8 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
         attachment.open(geometry)
         for shard in attachment.shards:
             shard.format()
+        for sleeper in attachment.sleepers:
+            sleeper.create()
         store(words, layout.H_MAGIC, layout.MAGIC)
         return attachment
     except BaseException:

@@ -1,7 +1,9 @@
-"""Where waiters for a lock sleep: one named POSIX semaphore a shard, opened when somebody first has to wait.
+"""Where waiters for a lock sleep: one named POSIX semaphore a shard.
 
-Nothing depends on a semaphore being there, or on everybody having the same one: a sleep never lasts longer than a
-millisecond, so losing a wake-up, or the semaphore itself, costs no more than that.
+The creator of a cache creates them; others open one when they first have to wait. (Nobody else creates any: glibc does
+that by way of a temporary file, which a process killed at that moment would leave behind.) Nothing depends on a
+semaphore being there: a sleep never lasts longer than a millisecond, so losing a wake-up, or the semaphore itself, costs
+no more than that.
 """
 
 from __future__ import annotations
@@ -23,6 +25,13 @@ class Sleeper:
     def __init__(self, name: str) -> None:
         self.name = name
         self._semaphore: posix_ipc.Semaphore | None = None
+        self._tried = False
+
+    def create(self) -> None:
+        """Create the semaphore."""
+        if posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
+            with contextlib.suppress(*_UNAVAILABLE):
+                self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREX, mode=0o600, initial_value=0)
 
     def sleep(self) -> bool:
         """Sleep until woken or for a millisecond; whether it was a wake-up."""
@@ -51,7 +60,8 @@ class Sleeper:
             posix_ipc.unlink_semaphore(self.name)
 
     def _open(self) -> posix_ipc.Semaphore | None:
-        if self._semaphore is None and posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
+        if self._semaphore is None and not self._tried and posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
+            self._tried = True
             with contextlib.suppress(*_UNAVAILABLE):
-                self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREAT, mode=0o600, initial_value=0)
+                self._semaphore = posix_ipc.Semaphore(self.name)
         return self._semaphore

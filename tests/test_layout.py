@@ -15,7 +15,6 @@ from shmcache import Cache
 from shmcache.engine import layout
 from shmcache.engine.layout import Geometry
 from shmcache.engine.primitives import key_hash, load
-from shmcache.segment import segment_bytes
 
 ENGINE = Path(layout.__file__).parent
 
@@ -60,8 +59,9 @@ def test_regions_fill_the_segment_without_overlap(max_bytes: int, max_entries: i
         assert region.slots - region.buckets >= geometry.slots
         assert region.blocks - region.slots == geometry.slots * layout.SLOT_WORDS
         end = region.end
-    assert end * 8 <= segment_bytes(max_bytes)
-    assert segment_bytes(max_bytes) - end * 8 < geometry.shards * 64 + layout.PAGE
+    assert end * 8 <= geometry.file_bytes
+    assert geometry.file_bytes + (geometry.shards + 1) * layout.PAGE <= max_bytes
+    assert geometry.file_bytes - end * 8 < geometry.shards * 64 + layout.PAGE
     assert geometry.slots * geometry.shards >= geometry.max_entries
 
 

@@ -220,10 +220,9 @@ class Geometry:
         """Lay `max_bytes` out; raises ValueError where they do not hold one entry per shard."""
         if shards is None:
             shards = _default_shards(max_bytes, max_entries)
-        usable = max_bytes // PAGE * PAGE  # the file has whole pages, and never more bytes than asked for
         processes = max(MIN_PROCESSES, min(MAX_PROCESSES, max_bytes // 16_384))
         fixed = HEADER_WORDS + processes * PROCESS_WORDS
-        per_shard = (usable // 8 - fixed) // shards // 8 * 8 - _fixed_shard_words()
+        per_shard = (_file_bytes(max_bytes, shards) // 8 - fixed) // shards // 8 * 8 - _fixed_shard_words()
         if max_entries is None:
             # One slot for each 512 bytes: smaller entries run out of slots first, larger ones out of blocks.
             max_entries = max(shards, min(max_bytes // 512, per_shard * shards // 32))
@@ -231,7 +230,7 @@ class Geometry:
         words = per_shard - _round8(slots) - slots * SLOT_WORDS
         if words < BLOCK_WORDS:
             needed = 8 * (fixed + shards * (_fixed_shard_words() + _round8(slots) + slots * SLOT_WORDS + BLOCK_WORDS))
-            needed = -(-needed // PAGE) * PAGE
+            needed = -(-needed // PAGE) * PAGE + max_bytes // PAGE * PAGE - _file_bytes(max_bytes, shards)
             raise ValueError(
                 f"max_bytes={max_bytes} is too small for max_entries={max_entries} in {shards} shard(s): "
                 f"at least {needed} bytes are needed for the slots, the process table and one block of values each"
@@ -252,12 +251,22 @@ class Geometry:
         return Region(start, log, bins, wheel, buckets, slots, blocks, blocks + self.blocks * BLOCK_WORDS)
 
     @property
+    def file_bytes(self) -> int:
+        """The size of the segment's file: with the other files of the cache, no more than `max_bytes`."""
+        return _file_bytes(self.max_bytes, self.shards)
+
+    @property
     def max_entry_bytes(self) -> int:
         """The most bytes that one key and its value, encoded, may have together."""
         return self.blocks * BLOCK_BYTES - RUN_HEADER_BYTES
 
     def _shard_stride(self) -> int:
         return _fixed_shard_words() + _round8(self.slots) + self.slots * SLOT_WORDS + self.blocks * BLOCK_WORDS
+
+
+def _file_bytes(max_bytes: int, shards: int) -> int:
+    # Whole pages, but for one for each semaphore and one for the lock file, which take a page of memory each.
+    return max(0, max_bytes // PAGE - shards - 1) * PAGE
 
 
 def _fixed_shard_words() -> int:
