@@ -16,6 +16,7 @@ from shmcache import segment
 from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
+from shmcache.engine.layout import Geometry
 from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
 from shmcache.errors import GeometryMismatch
 from shmcache.memoize import Memoized, memoize
@@ -23,6 +24,8 @@ from shmcache.segment import Wish
 from shmcache.stats import EntryInfo, Stats, collect
 
 __all__ = ["Cache", "parse_size"]
+
+MAX_ENTRIES = 1 << 31
 
 log = logging.getLogger("shmcache")
 
@@ -92,7 +95,7 @@ class Cache(Store):
             name=name,
             create=_create,
             max_bytes=None if max_bytes is None else parse_size(max_bytes),
-            max_entries=_count(max_entries, "max_entries", 1 << 31),
+            max_entries=_count(max_entries, "max_entries", MAX_ENTRIES),
             shards=_count(shards, "shards", layout.MAX_SHARDS),
             eviction=_policy(eviction),
             default_ttl_ns=None if isinstance(default_ttl, Default) else ttl_to_ns(default_ttl, "default_ttl"),
@@ -116,22 +119,19 @@ class Cache(Store):
         is a ValueError that names the variable.
         """
         given: dict[str, Any] = {}
-        name = options.pop("name", None) or os.environ.get("CACHE_NAME") or "default"
         for variable, option, convert in (
-            ("CACHE_MAX_SIZE", "max_entries", int),
-            ("CACHE_TTL", "default_ttl", float),
-            ("CACHE_MAX_MEMORY_MB", "max_bytes", float),
+            ("CACHE_NAME", "name", _named),
+            ("CACHE_MAX_SIZE", "max_entries", lambda text: _count(_number(int, text), "entries", MAX_ENTRIES)),
+            ("CACHE_TTL", "default_ttl", lambda text: ttl_to_ns(_number(float, text), "seconds") / 1e9),
+            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: _planned(parse_size(f"{text} MB", "memory"))),
         ):
             text = os.environ.get(variable, "").strip()
             if text and option not in options:
-                given[option] = _from_variable(variable, text, convert)
-        if "max_bytes" in given:
-            given["max_bytes"] = int(given["max_bytes"] * 1024 * 1024)
-        try:
-            segment.check_name(name)
-        except ValueError as error:
-            raise ValueError(f"CACHE_NAME: {error}") from None
-        return cls(name, **{**given, **options})
+                try:
+                    given[option] = convert(text)
+                except ValueError as error:
+                    raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
+        return cls(**{"name": "default", **given, **options})
 
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self) -> None:
@@ -341,12 +341,18 @@ def _policy(eviction: str | None) -> str | None:
     return eviction
 
 
-def _from_variable(variable: str, text: str, convert: type[int] | type[float]) -> int | float:
-    kind = "a whole number" if convert is int else "a number"
+def _named(name: str) -> str:
+    segment.check_name(name)
+    return name
+
+
+def _number(kind: Callable[[str], int | float], text: str) -> Any:
     try:
-        value = convert(text)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"{variable}={text!r}: expected {kind} greater than 0") from None
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{variable}={text!r}: expected {kind} greater than 0")
-    return value
+        raise ValueError(f"expected a {'whole ' if kind is int else ''}number greater than 0") from None
+
+
+def _planned(max_bytes: int) -> int:
+    Geometry.plan(max_bytes, None, None)  # raises ValueError where no cache fits
+    return max_bytes

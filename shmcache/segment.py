@@ -2,8 +2,8 @@
 
 A cache is a segment and a lock file of its user in /dev/shm, and a semaphore for each shard. Creating, attaching and
 unlinking exclude each other by a byte of the lock file, which the kernel frees when its holder dies. The segment names
-the inode of its lock file, and each segment has a fresh one; if either is unlinked behind our back, everybody moves to a
-new pair.
+the inode of its lock file, and each segment has a fresh one; if either is unlinked behind our back, everybody moves on
+to a new pair.
 
 The segment is an ordinary POSIX one, as `multiprocessing.shared_memory.SharedMemory` makes, but opened through
 posix_ipc: that never meets the resource tracker, whose process would unlink the segment when an attaching process

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -18,8 +19,8 @@ from uuid import UUID
 
 import pytest
 
-from shmcache import Cache, CacheNotFound, ProcessStats, __version__, is_compiled, segment
-from shmcache.cli.report import identify
+from shmcache import Cache, CacheNotFound, __version__, is_compiled, segment
+from shmcache.cli.report import identify, lock_holders
 from shmcache.cli.text import show_age, show_size
 from shmcache.engine import layout
 
@@ -190,13 +191,14 @@ def test_watch_is_a_table_for_people(cache: Cache) -> None:
 
 def test_a_process_is_who_its_pid_says_only_if_it_can_be(cache: Cache) -> None:
     (me,) = cache.stats().attached
-    assert "pytest" in (identify(me, cache.name).command or "")
-    earlier = ProcessStats(me.pid, me.attached - 1e6, 0, 0, 0, 0)
-    assert "another process" in str(identify(earlier, cache.name))
-    assert "another process" in str(identify(me, cache.name + "x")), "this process has not opened that cache"
+    holders = lock_holders(cache.name)
+    assert holders is None or os.getpid() in holders
+    assert "pytest" in (identify(me, holders).command or "")
+    assert "another process" in str(identify(replace(me, attached=me.attached - 1e6), holders))
+    assert "another process" in str(identify(me, set()))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    assert "ended" in str(identify(ProcessStats(ended.pid, time.time(), 0, 0, 0, 0), cache.name))
+    assert "ended" in str(identify(replace(me, pid=ended.pid), holders))
 
 
 def test_keys(cache: Cache) -> None:

@@ -26,7 +26,7 @@ pytest.importorskip("gunicorn")
 
 
 def wait_until_gone(name: str, pids: list[int], seconds: float) -> None:
-    """Fail unless soon this cache has no files, these processes are gone, and so is whatever has its name as argument."""
+    """Fail unless soon this cache has no files, and no process is left of these and of those that name it."""
     deadline = time.monotonic() + seconds
     while True:
         files = [path.name for path in segment.DIRECTORY.glob(f"*{name}*")]

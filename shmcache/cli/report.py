@@ -21,6 +21,7 @@ __all__ = [
     "live_json",
     "live_line",
     "live_rates",
+    "lock_holders",
     "stats_json",
     "stats_lines",
     "without_self",
@@ -95,12 +96,13 @@ def stats_lines(stats: Stats, width: int | None = None) -> Iterator[str]:
     if stats.attached:
         yield ""
         now = time.time()
+        holders = lock_holders(stats.name)
         processes = [
             [
                 str(each.pid),
                 show_age(max(round(now - each.attached), 0)),
                 *(f"{count:,}" for count in (each.hits, each.misses, each.sets, each.deletes)),
-                str(identify(each, stats.name)),
+                str(identify(each, holders)),
             ]
             for each in stats.attached
         ]
@@ -114,8 +116,9 @@ def stats_json(stats: Stats) -> dict[str, Any]:
     answer = stats.as_dict()
     answer["compiled"] = is_compiled()
     answer["rates"] = {name: getattr(stats, name) / age for name in RATES}
+    holders = lock_holders(stats.name)
     for process, each in zip(answer["attached"], stats.attached, strict=True):
-        owner = identify(each, stats.name)
+        owner = identify(each, holders)
         process.update(command=owner.command, note=owner.note)
     return answer
 
@@ -165,11 +168,11 @@ class Owner:
         return self.command or f"({self.note})"
 
 
-def identify(process: ProcessStats, name: str) -> Owner:
-    """The command line of a process attached to the cache `name`.
+def identify(process: ProcessStats, holders: set[int] | None) -> Owner:
+    """The command line of an attached process. `holders` is what `lock_holders` gave for its cache.
 
     It is alive: the kernel said so. But its pid is its own view of itself, and in this pid namespace it may be nobody's
-    or somebody else's: one who started after it attached, or has not opened the cache's lock file.
+    or somebody else's: one who started after it attached, or who holds no lock in the cache's lock file.
     """
     import psutil
 
@@ -178,15 +181,23 @@ def identify(process: ProcessStats, name: str) -> Owner:
         found = psutil.Process(process.pid)
         if found.create_time() > process.attached + CLOCK_SLACK:
             return stranger
-        words = found.cmdline()
-        try:
-            files = {os.path.basename(file.path) for file in found.open_files()}
-        except psutil.AccessDenied:
-            files = None
+        if holders is not None and process.pid not in holders:
+            return stranger
+        words = " ".join(found.cmdline())
     except psutil.NoSuchProcess:
         return Owner(None, "just ended, or of another pid namespace")
     except psutil.AccessDenied:
         return Owner(None, "not ours to look at")
-    if files is not None and segment.lock_path(name).name not in files:
-        return stranger
-    return Owner("".join(each if each.isprintable() else " " for each in " ".join(words)))
+    return Owner("".join(each if each.isprintable() else " " for each in words))
+
+
+def lock_holders(name: str) -> set[int] | None:
+    """The pids, as seen from here, that hold a lock in the lock file of a cache; None where the kernel does not tell."""
+    try:
+        status = segment.lock_path(name).stat()
+        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        with open("/proc/locks") as locks:
+            # "1: POSIX ADVISORY WRITE 4711 00:1b:42 0 0"; one who waits has an arrow behind the number.
+            return {int(fields[4]) for fields in map(str.split, locks) if fields[1] == "POSIX" and fields[5] == file}
+    except OSError:
+        return None

@@ -192,7 +192,10 @@ class Display:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.terminal = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json
+        width = shutil.get_terminal_size().columns
+        self.room = width - 67  # what the table leaves for the last answers
+        can_move = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and self.room > 0
+        self.terminal = can_move and not as_json
         self.colour = self.terminal and not os.environ.get("NO_COLOR")
         self.drawn = 0
         self.before = 0  # requests at the last progress that was printed
@@ -248,12 +251,11 @@ class Display:
         sys.stdout.flush()
 
     def _table(self, tally: Tally, rows: list[list[str]]) -> list[str]:
-        """The table for a terminal, with the last answers of each worker where there is room for them."""
-        room = max(shutil.get_terminal_size().columns - 58, 0)
+        """The table for a terminal, with as many of the last answers of each worker as there is room for."""
         for worker, row in zip(tally.workers, rows, strict=True):
-            recent = list(tally.last.get(worker, ()))[-room:] if room else []
+            recent = list(tally.last.get(worker, ()))[-self.room :]
             row.append("".join(self.paint(LETTERS[source], source) for source in recent))
-        header = ["WORKER", "MISSES", "OWN HITS", "HITS OF OTHERS' PAGES", "LAST ANSWERS" if room > 11 else ""]
+        header = ["WORKER", "MISSES (M)", "OWN HITS (o)", "HITS OF OTHERS' PAGES (S)", "LAST"[: self.room]]
         return text.table(header, rows, ">>>><")
 
     def end(self, tally: Tally, stats: Stats, seconds: float) -> None:

@@ -574,6 +574,7 @@ class Shard:
         if found:
             if not self.number_locked(request, found - 1):
                 return NOT_A_NUMBER
+            request.expiry = load(self.words, self.at(found - 1) + E_EXPIRY)
         elif not request.has_initial:
             return ABSENT
         if add_overflows(request.initial, request.number):

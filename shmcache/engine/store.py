@@ -9,7 +9,7 @@ rest. A `get` goes: `now`, `set_key`, `Shard.read`, `value_of`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 try:
     import cython
@@ -53,6 +53,8 @@ class Default:
 
 
 DEFAULT = Default()
+
+Integer: TypeAlias = int  # for a plain `int` Cython would convert what is none, before we can refuse it
 
 MAX_TTL_NS = 1 << 62  # 146 years
 CLOSED = 0  # an epoch that no process has
@@ -200,7 +202,7 @@ class Store:
         """Store `value` only if `key` is present; whether it was stored."""
         return self.put(OP_REPLACE, key, value, ttl, 0) == DONE
 
-    def cas(self, key: object, value: object, version: int | None, ttl: object = DEFAULT) -> bool:
+    def cas(self, key: object, value: object, version: Integer | None, ttl: object = DEFAULT) -> bool:
         """Store `value` only if the entry still has the version that `gets` gave; whether it was stored.
 
         With the version None, which `gets` gives for a missing key, this is `add`.
@@ -254,7 +256,7 @@ class Store:
         self.give(request)
         return touched
 
-    def incr(self, key: object, delta: int = 1, initial: int | None = None, ttl: object = DEFAULT) -> int:
+    def incr(self, key: object, delta: Integer = 1, initial: Integer | None = None, ttl: object = DEFAULT) -> int:
         """Add `delta` to the integer under `key`, atomically, and return the sum; the entry keeps its time to live.
 
         A missing key is stored as `initial + delta` with `ttl`, or raises KeyError without `initial`. Raises TypeError
@@ -274,7 +276,7 @@ class Store:
         self.give(request)
         return number
 
-    def decr(self, key: object, delta: int = 1, initial: int | None = None, ttl: object = DEFAULT) -> int:
+    def decr(self, key: object, delta: Integer = 1, initial: Integer | None = None, ttl: object = DEFAULT) -> int:
         """`incr` by `-delta`."""
         return self.incr(key, -delta, initial, ttl)
 

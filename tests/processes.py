@@ -1,0 +1,240 @@
+"""Real processes for the tests: forked children, and interpreters of their own that do what they are told by a pipe.
+
+A `Family` kills whatever of it is left at its end, so that a failing test leaves no process behind. Everything that
+waits has a deadline.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import shmcache
+
+DEADLINE = 30.0  # seconds until a test stops waiting for a process; none comes near it
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a child interpreter: the engine of the same kind as here, whatever made it so."""
+    return {**os.environ, "SHMCACHE_PURE": "" if shmcache.is_compiled() else "1", **more}
+
+
+def until(condition: Callable[[], object], seconds: float = DEADLINE) -> float:
+    """Look again and again until it holds; how long that took. For what only the kernel or a process can change."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > seconds:
+            raise AssertionError(f"not so after {seconds} s: {condition}")
+        time.sleep(0.001)
+    return time.monotonic() - began
+
+
+class Gate:
+    """A starting gate: whoever waits goes on when it opens, all at the same moment."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+
+    def wait(self) -> None:
+        """In a child: wait until the parent opens the gate."""
+        os.close(self._write)
+        ready, _, _ = select.select([self._read], [], [], DEADLINE)
+        assert ready, "the gate was never opened"
+
+    def open(self) -> None:
+        os.close(self._write)
+        os.close(self._read)
+
+
+class Child:
+    """A forked child that runs one function and leaves by `os._exit`: 0, or 1 with a traceback if it raised."""
+
+    def __init__(self, work: Callable[..., object], *args: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                work(*args)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """SIGKILL; its exit code, which is -9 unless it was through already."""
+        if self.status is None:
+            self.signal(signal.SIGKILL)
+        return self.wait()
+
+    def wait(self, seconds: float = DEADLINE) -> int:
+        """Wait for its end; the exit code, negative for a signal."""
+        if self.status is None:
+            ended = os.pidfd_open(self.pid)
+            try:
+                ready, _, _ = select.select([ended], [], [], seconds)
+            finally:
+                os.close(ended)
+            assert ready, f"process {self.pid} still runs after {seconds} s"
+            self.reap()
+        assert self.status is not None
+        return self.status
+
+    def reap(self) -> None:
+        """Wait without a deadline, for what is certain to have ended or to end."""
+        _, status = os.waitpid(self.pid, 0)
+        self.status = os.waitstatus_to_exitcode(status)
+
+    def wait_until_stopped(self) -> None:
+        """Wait until SIGSTOP has stopped it."""
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+
+
+_OBEY = """
+import sys
+from shmcache import *
+while line := sys.stdin.readline():
+    try:
+        answer = repr(eval(line))
+    except Exception as error:
+        answer = repr(f"{type(error).__name__}: {error}")
+    sys.stdout.write(answer + "\\n")
+    sys.stdout.flush()
+"""
+
+
+class Interpreter:
+    """A Python process of its own, unrelated to this one, that evaluates expressions until its input ends.
+
+    Every warning is an error in it, and what it writes to stderr is kept for the test to look at.
+    """
+
+    def __init__(self, python: str = sys.executable, **env: str) -> None:
+        self.process = subprocess.Popen(
+            [python, "-W", "error", "-c", _OBEY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**env),
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def tell(self, expression: str) -> None:
+        """Have it evaluate an expression, without waiting for the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The value of the oldest expression not answered yet: as itself if it is a literal, otherwise its repr."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
+        assert ready, f"process {self.pid} does not answer"
+        text = self.process.stdout.readline()
+        assert text, f"process {self.pid} ended: {self.finish()}"
+        try:
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            return text.strip()
+
+    def ask(self, expression: str) -> Any:
+        self.tell(expression)
+        return self.answer()
+
+    def finish(self) -> tuple[int, str]:
+        """Let it end as programs do; its exit code and what it wrote to stderr."""
+        try:
+            _, errors = self.process.communicate(timeout=DEADLINE)
+        except BrokenPipeError:  # it was killed before
+            _, errors = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, errors
+
+    def kill(self, number: int = signal.SIGKILL) -> tuple[int, str]:
+        self.process.send_signal(number)
+        return self.finish()
+
+
+class Family:
+    """The processes of a test. At the end of its `with` block none is left."""
+
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+        self._interpreters: list[Interpreter] = []
+
+    def fork(self, work: Callable[..., object], *args: object) -> Child:
+        child = Child(work, *args)
+        self._children.append(child)
+        return child
+
+    def python(self, python: str = sys.executable, **env: str) -> Interpreter:
+        interpreter = Interpreter(python, **env)
+        self._interpreters.append(interpreter)
+        return interpreter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for child in self._children:
+            if child.status is None:
+                child.signal(signal.SIGKILL)
+                child.reap()
+        for interpreter in self._interpreters:
+            if interpreter.process.returncode is None:
+                interpreter.process.kill()
+            with contextlib.suppress(BrokenPipeError, ValueError):
+                interpreter.process.communicate()
+            for stream in (interpreter.process.stdin, interpreter.process.stdout, interpreter.process.stderr):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
+
+
+def run_python(code: str, *args: str, **env: str) -> str:
+    """Run a program to its end; what it printed. Every warning is an error, and stderr has to stay empty."""
+    answer = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *args],
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (answer.returncode, answer.stderr) == (0, "")
+    return answer.stdout
+
+
+@contextlib.contextmanager
+def no_gc() -> Iterator[None]:
+    """Freeze what is there, so that forked children do not copy the memory of the whole test run."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
