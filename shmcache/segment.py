@@ -408,15 +408,13 @@ def _read_geometry(header: memoryview, size: int, name: str) -> Geometry:
         processes=header[layout.H_PROCESSES],
         eviction=policies.get(header[layout.H_EVICTION], "unknown"),
     )
-    sound = (
-        0 < geometry.shards <= layout.MAX_SHARDS
-        and 0 < geometry.max_entries
-        and 0 < geometry.slots < 1 << 32
-        and 0 < geometry.blocks <= layout.RUN_LENGTH_MASK
-        and 0 < geometry.processes <= layout.MAX_PROCESSES
-        and geometry.eviction != "unknown"
-    )
-    if not sound or size != geometry.file_bytes or geometry.region(geometry.shards - 1).end * 8 > size:
+    try:
+        sound = 0 < geometry.shards <= layout.MAX_SHARDS and geometry == Geometry.plan(
+            geometry.max_bytes, geometry.max_entries, geometry.shards, geometry.eviction
+        )
+    except (ValueError, OverflowError):
+        sound = False
+    if not sound or geometry.eviction == "unknown" or size != geometry.file_bytes:
         raise CorruptSegment(
             f"the header of cache {name!r} does not describe its {size} bytes ({geometry}): it was truncated or "
             f"overwritten; remove it with `shmcache unlink {name}`"

@@ -192,7 +192,7 @@ def identify(process: ProcessStats, holders: set[int] | None) -> Owner:
 
 
 def lock_holders(name: str) -> set[int] | None:
-    """The pids, as seen from here, that hold a lock in the lock file of a cache; None where the kernel does not tell."""
+    """The pids, as seen from here, that hold locks in the lock file of a cache; None where the kernel does not tell."""
     try:
         status = segment.lock_path(name).stat()
         file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"

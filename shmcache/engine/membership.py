@@ -10,6 +10,7 @@ takes a line of its own. They vanish when the process closes *any* descriptor of
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,8 @@ __all__ = ["Member", "Registry"]
 
 watch_forks()
 
+_count_mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a locked one behind
+
 GENERATION_MASK = (1 << 48) - 1
 
 
@@ -50,7 +53,11 @@ class Member:
     def count(self, counter: cython.ulonglong, by: cython.ulonglong) -> None:
         """Add to a counter of this process. No other process writes this line, so no atomic addition is needed."""
         word: cython.ulonglong = self.counters + counter
-        store(self.words, word, wrap(load(self.words, word) + by))
+        if cython.compiled:
+            store(self.words, word, wrap(load(self.words, word) + by))
+        else:
+            with _count_mutexes.setdefault(process_epoch(), threading.RLock()):  # threads switch anywhere
+                store(self.words, word, wrap(load(self.words, word) + by))
 
     def join(self, timeout: float) -> None:
         """Take a line of the process table; raises TooManyProcesses, or LockTimeout after `timeout` seconds."""

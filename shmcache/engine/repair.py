@@ -407,12 +407,21 @@ class Inspector:
             if low(load(shard.words, shard.at(slot) + E_PLACE)):
                 age: cython.ulonglong = low(wrap(now - high(load(shard.words, shard.at(slot) + E_PLACE))))
                 used.append((age, slot))
-        used.sort(reverse=True)
-        for _age, slot in used:
-            shard.order.on_insert(slot)
+        # Ticks stay as they are: a rebuild that dies half-way must find the same order when it begins again.
+        used.sort()
+        before: cython.ulonglong = 0
+        after: cython.ulonglong
+        place: cython.ulonglong
+        for place in range(len(used)):
+            slot = used[place][1]
+            after = used[place + 1][1] + 1 if place + 1 < len(used) else 0
+            store(shard.words, shard.at(slot) + E_ORDER, pack(after, before))
+            before = slot + 1
             if load(shard.words, shard.at(slot) + E_EXPIRY):
                 shard.wheel.on_insert(slot)
-            store(shard.words, shard.log + L_USED, 0)
+                store(shard.words, shard.log + L_USED, 0)
+        if used:
+            store(shard.words, shard.header + S_ORDER, pack(before, used[0][1] + 1))
 
     def rebuild_runs(self) -> None:
         """Make every block that no entry claims free, and tell each run about the one before."""

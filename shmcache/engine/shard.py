@@ -403,6 +403,7 @@ class Shard:
         size: cython.ulonglong = request.key_size + request.head_size + request.body_size
         blocks: cython.ulonglong = (size + RUN_HEADER_BYTES + BLOCK_BYTES - 1) // BLOCK_BYTES
         victim: cython.ulonglong
+        entries: cython.ulonglong
         if size > self.max_entry:
             return TOO_LARGE
         if found:
@@ -410,7 +411,8 @@ class Shard:
             store_release(self.words, self.log + L_USED, 0)
         else:
             while self.is_full_locked():
-                if load(self.words, self.header + S_ENTRIES) * 2 < self.share:
+                entries = load(self.words, self.header + S_ENTRIES)
+                if entries == 0 or entries * 2 < self.share:
                     return FULL
                 if not self.evict_locked(now):
                     return CORRUPT
