@@ -197,3 +197,14 @@ def package(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), env={"SHMCACHE_PURE": "1"})
     if not list(dist.glob("*-py3-none-any.whl")):
         session.error("a build without extensions is not a wheel for every platform")
+
+
+@nox.session
+def readme(session: nox.Session) -> None:
+    """The command of the README that runs the demo, in a fresh copy of the sources."""
+    [command] = [line for line in Path("README.md").read_text().splitlines() if line.endswith("shmcache demo")]
+    copy = Path(session.create_tmp(), "clone").resolve()
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info"))
+    with session.chdir(copy):
+        session.run("bash", "-euc", command, external=True)

@@ -16,7 +16,6 @@ from shmcache import segment
 from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
-from shmcache.engine.layout import Geometry
 from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
 from shmcache.errors import GeometryMismatch
 from shmcache.memoize import Memoized, memoize
@@ -119,11 +118,12 @@ class Cache(Store):
         is a ValueError that names the variable.
         """
         given: dict[str, Any] = {}
+        used = []
         for variable, option, convert in (
             ("CACHE_NAME", "name", _named),
             ("CACHE_MAX_SIZE", "max_entries", lambda text: _count(_number(int, text), "entries", MAX_ENTRIES)),
             ("CACHE_TTL", "default_ttl", lambda text: ttl_to_ns(_number(float, text), "seconds") / 1e9),
-            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: _planned(parse_size(f"{text} MB", "memory"))),
+            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: parse_size(f"{text} MB", "memory")),
         ):
             text = os.environ.get(variable, "").strip()
             if text and option not in options:
@@ -131,6 +131,11 @@ class Cache(Store):
                     given[option] = convert(text)
                 except ValueError as error:
                     raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
+                used.append(f"{variable}={text!r}")
+        try:
+            Wish("default", max_bytes=given.get("max_bytes"), max_entries=given.get("max_entries")).geometry()
+        except ValueError as error:
+            raise ValueError(f"{' and '.join(used)} in the environment: {error}") from None
         return cls(**{"name": "default", **given, **options})
 
     # --- the attachment ---------------------------------------------------------------------------------------------
@@ -177,11 +182,12 @@ class Cache(Store):
 
     def unlink(self) -> None:
         """Remove the cache from this machine, then close. Other processes that have it attached move to a new one."""
-        if not self._closed:
-            segment.unlink(self.name, self._wish.timeout)
-            self.close()
+        self._check_open()
+        segment.unlink(self.name, self._wish.timeout)
+        self.close()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -351,8 +357,3 @@ def _number(kind: Callable[[str], int | float], text: str) -> Any:
         return kind(text)
     except ValueError:
         raise ValueError(f"expected a {'whole ' if kind is int else ''}number greater than 0") from None
-
-
-def _planned(max_bytes: int) -> int:
-    Geometry.plan(max_bytes, None, None)  # raises ValueError where no cache fits
-    return max_bytes

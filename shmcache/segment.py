@@ -364,10 +364,8 @@ def _open_existing(wish: Wish, fd: int, lock_fd: int) -> Attachment:
         )
     header = memoryview(os.pread(fd, header_bytes, 0)).cast("Q")
     magic = header[layout.H_MAGIC]
-    if magic == 0 and not any(header[layout.H_BYTES :]):
-        raise _HalfCreated
-    if magic == 0 and header[layout.H_LOCK_FILE]:
-        raise _HalfCreated
+    if magic == 0 and (header[layout.H_VERSION] == layout.LAYOUT_VERSION or not any(header)):
+        raise _HalfCreated  # `_create` writes the version first and the magic word last
     if magic == int.from_bytes(layout.MAGIC.to_bytes(8, "little"), "big"):
         raise IncompatibleSegment(f"cache {wish.name!r} was created with the other byte order")
     if magic != layout.MAGIC:
@@ -434,7 +432,7 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
         geometry = wish.geometry()
         size = geometry.file_bytes
         fd = posix_ipc.SharedMemory("/" + file_name(wish.name), posix_ipc.O_CREX, mode=0o600).fd
-        _reserve(fd, size, wish.name)
+        _reserve(fd, size, wish)
         attachment = Attachment(wish.name, fd, lock_fd, size)
         words = attachment.words
         flags = (layout.FLAG_COMPILED if is_compiled() else 0) | (layout.FLAG_EPHEMERAL if wish.ephemeral else 0)
@@ -470,7 +468,7 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
         raise
 
 
-def _reserve(fd: int, size: int, name: str) -> None:
+def _reserve(fd: int, size: int, wish: Wish) -> None:
     """Give the segment all its memory now: a full /dev/shm is an error here, not a SIGBUS later."""
     try:
         if hasattr(os, "posix_fallocate"):
@@ -481,9 +479,10 @@ def _reserve(fd: int, size: int, name: str) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
             raise
         room = os.statvfs(DIRECTORY)
+        free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
         raise SegmentTooLarge(
-            f"cache {name!r} asks for {size:,} bytes, but {DIRECTORY} has {room.f_bavail * room.f_frsize:,} free of "
-            f"{room.f_blocks * room.f_frsize:,}. Ask for a smaller max_bytes, or make it larger: Docker "
+            f"cache {wish.name!r} asks for {wish.geometry().max_bytes:,} bytes, but {DIRECTORY} has {free:,} free of "
+            f"{total:,}. Ask for a smaller max_bytes, or make it larger: Docker "
             f"`--shm-size=1g` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` mounted at "
             f"/dev/shm; otherwise `mount -o remount,size=1g /dev/shm`"
         ) from error

@@ -43,11 +43,11 @@ def name() -> Iterator[str]:
     """A fresh cache name; whatever cache has it at the end of the test is checked and removed."""
     name = new_name()
     yield name
-    with contextlib.suppress(LookupError):
-        with Cache.attach(name) as cache:
-            problems = cache.check()
+    try:
+        with contextlib.suppress(LookupError), Cache.attach(name) as cache:
+            assert cache.check() == []
+    finally:
         segment.unlink(name)
-        assert problems == []
 
 
 @pytest.fixture
@@ -63,10 +63,12 @@ def make_cache() -> Iterator[Callable[..., Cache]]:
     yield make
     problems: list[str] = []
     for cache in made:
-        with contextlib.suppress(CacheClosed):
-            problems += cache.check()
-        cache.unlink()
-        segment.unlink(cache.name)
+        try:
+            with contextlib.suppress(CacheClosed):
+                problems += cache.check()
+        finally:
+            cache.close()
+            segment.unlink(cache.name)
     assert problems == []
 
 

@@ -70,8 +70,7 @@ class Child:
                 work(*args)
                 code = 0
             except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
+                os.write(2, traceback.format_exc().encode())  # sys.stderr may be something in memory
             finally:
                 os._exit(code)
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from processes import Family, Gate, no_gc, until
 
 from shmcache import Cache, LockTimeout, is_compiled
 from shmcache.engine import layout
+from tests.processes import Family, Gate, no_gc, until
 
 COMPILED = is_compiled()
 
@@ -396,7 +396,7 @@ def test_kills_while_entries_are_evicted_expired_and_cleared(
 ) -> None:
     print("SHMCACHE_SEED", seed)
     kills = 200 if COMPILED else 40
-    cache = make_cache(max_bytes=8 * LARGEST, max_entries=150, shards=1)
+    cache = make_cache(max_bytes=8 * LARGEST if COMPILED else 24 * LARGEST, max_entries=150, shards=1)
     ledger = Ledger()
     rng = random.Random(seed)
     survivors: list[float] = []

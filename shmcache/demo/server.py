@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from shmcache.cache import Cache
 from shmcache.demo.site import CACHE_VARIABLE
@@ -60,6 +61,7 @@ def serve(cache: Cache, workers: int) -> Iterator[Server]:
             env=environment,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is ours
+            cwd=Path(__file__).parents[2],  # gunicorn puts it on the path: let it find this very package there
         )
         try:
             port = listener.getsockname()[1]

@@ -220,7 +220,7 @@ class Geometry:
         """Lay `max_bytes` out; raises ValueError where they do not hold one entry per shard."""
         if shards is None:
             shards = _default_shards(max_bytes, max_entries)
-        processes = max(MIN_PROCESSES, min(MAX_PROCESSES, max_bytes // 16_384))
+        processes = _processes(max_bytes)
         fixed = HEADER_WORDS + processes * PROCESS_WORDS
         per_shard = (_file_bytes(max_bytes, shards) // 8 - fixed) // shards // 8 * 8 - _fixed_shard_words()
         if max_entries is None:
@@ -229,8 +229,7 @@ class Geometry:
         slots = _slots_per_shard(max_entries, shards)
         words = per_shard - _round8(slots) - slots * SLOT_WORDS
         if words < BLOCK_WORDS:
-            needed = 8 * (fixed + shards * (_fixed_shard_words() + _round8(slots) + slots * SLOT_WORDS + BLOCK_WORDS))
-            needed = -(-needed // PAGE) * PAGE + max_bytes // PAGE * PAGE - _file_bytes(max_bytes, shards)
+            needed = _needed_bytes(slots, shards)
             raise ValueError(
                 f"max_bytes={max_bytes} is too small for max_entries={max_entries} in {shards} shard(s): "
                 f"at least {needed} bytes are needed for the slots, the process table and one block of values each"
@@ -262,6 +261,22 @@ class Geometry:
 
     def _shard_stride(self) -> int:
         return _fixed_shard_words() + _round8(self.slots) + self.slots * SLOT_WORDS + self.blocks * BLOCK_WORDS
+
+
+def _processes(max_bytes: int) -> int:
+    return max(MIN_PROCESSES, min(MAX_PROCESSES, max_bytes // 16_384))
+
+
+def _needed_bytes(slots: int, shards: int) -> int:
+    """The least `max_bytes` for this many slots in each of this many shards, with a block for each shard."""
+    per_shard = _fixed_shard_words() + _round8(slots) + slots * SLOT_WORDS + BLOCK_WORDS
+    needed = 0
+    while True:  # a larger cache has a larger process table
+        words = HEADER_WORDS + _processes(needed) * PROCESS_WORDS + shards * per_shard
+        pages = -(-words * 8 // PAGE) + shards + 1
+        if pages * PAGE <= needed:
+            return needed
+        needed = pages * PAGE
 
 
 def _file_bytes(max_bytes: int, shards: int) -> int:

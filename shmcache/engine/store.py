@@ -278,7 +278,7 @@ class Store:
 
     def decr(self, key: object, delta: Integer = 1, initial: Integer | None = None, ttl: object = DEFAULT) -> int:
         """`incr` by `-delta`."""
-        return self.incr(key, -delta, initial, ttl)
+        return self.incr(key, -_integer(delta, "delta"), initial, ttl)
 
     def set_step(self, request: Request, delta: object, initial: object) -> int:
         """Fill in what `incr` adds, and to what if the key is missing."""
