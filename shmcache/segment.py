@@ -47,6 +47,7 @@ __all__ = ["Attachment", "Wish", "attach", "names", "unlink"]
 
 DIRECTORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 MAX_NAME = 100
+CHECK_MEMORY_FROM = 256 * 2**20  # bytes; smaller caches are not what exhausts a machine
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _LOCK_SUFFIX = "~lock"
 
@@ -470,22 +471,31 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
 
 def _reserve(fd: int, size: int, wish: Wish) -> None:
     """Give the segment all its memory now: a full /dev/shm is an error here, not a SIGBUS later."""
+    room = os.statvfs(DIRECTORY)
+    free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
+    asked = f"cache {wish.name!r} asks for {wish.geometry().max_bytes:,} bytes, but"
+    no_room = SegmentTooLarge(
+        f"{asked} {DIRECTORY} has {free:,} free of {total:,}. Ask for a smaller max_bytes, or make it larger: "
+        f"Docker `--shm-size=1g` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` mounted "
+        f"at /dev/shm; otherwise `mount -o remount,size=1g /dev/shm`"
+    )
+    if total and size > free:
+        raise no_room
+    if size >= CHECK_MEMORY_FROM:
+        import psutil  # only here, for it takes longer to import than a cache to create
+
+        memory = psutil.virtual_memory().available + psutil.swap_memory().free
+        if size > memory:  # asking the kernel for it would wake the OOM killer
+            raise SegmentTooLarge(f"{asked} this machine has {memory:,} bytes of memory left: use a smaller max_bytes")
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
-            raise
-        room = os.statvfs(DIRECTORY)
-        free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-        raise SegmentTooLarge(
-            f"cache {wish.name!r} asks for {wish.geometry().max_bytes:,} bytes, but {DIRECTORY} has {free:,} free of "
-            f"{total:,}. Ask for a smaller max_bytes, or make it larger: Docker "
-            f"`--shm-size=1g` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` mounted at "
-            f"/dev/shm; otherwise `mount -o remount,size=1g /dev/shm`"
-        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
+            raise no_room from error
+        raise
 
 
 def _file_paths(name: str, shards: int) -> list[str]:

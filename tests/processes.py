@@ -127,8 +127,10 @@ class Interpreter:
     """
 
     def __init__(self, python: str = sys.executable, **env: str) -> None:
+        self._unread = b""
         self.process = subprocess.Popen(
             [python, "-W", "error", "-c", _OBEY],
+            cwd="/",  # where nothing but an installed shmcache is found
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -149,14 +151,19 @@ class Interpreter:
     def answer(self) -> Any:
         """The value of the oldest expression not answered yet: as itself if it is a literal, otherwise its repr."""
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
-        assert ready, f"process {self.pid} does not answer"
-        text = self.process.stdout.readline()
-        assert text, f"process {self.pid} ended: {self.finish()}"
+        pipe = self.process.stdout.fileno()
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([pipe], [], [], DEADLINE)
+            assert ready, f"process {self.pid} does not answer"
+            more = os.read(pipe, 1 << 16)
+            assert more, f"process {self.pid} ended: {self.finish()}"
+            self._unread += more
+        line, _, self._unread = self._unread.partition(b"\n")
+        text = line.decode()
         try:
             return ast.literal_eval(text)
         except (SyntaxError, ValueError):
-            return text.strip()
+            return text
 
     def ask(self, expression: str) -> Any:
         self.tell(expression)
