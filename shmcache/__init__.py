@@ -65,7 +65,8 @@ if not is_compiled() and os.environ.get("SHMCACHE_PURE", "") in ("", "0"):
 
     warnings.warn(
         "shmcache runs uncompiled, many times slower: install a C compiler and Python's headers (Debian: gcc "
-        "python3-dev) and reinstall, or set SHMCACHE_PURE=1 if this is what you want",
+        "python3-dev) and reinstall (in a source checkout: `pip install -e .`), or set SHMCACHE_PURE=1 if this is "
+        "what you want",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from shmcache.engine import layout
@@ -89,6 +90,14 @@ class Batch:
             outcomes = self._store._perform([each._operation for each in pending])
             for each, outcome in zip(pending, outcomes, strict=True):
                 each._outcome = outcome
+
+    def __del__(self) -> None:
+        if self._pending:
+            warnings.warn(
+                f"a batch of {len(self._pending)} operations was never performed: use it in a `with` block",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     def _add(self, operation: tuple[int, object, object, object], default: Any = None) -> Pending:
         pending = Pending(operation, default)

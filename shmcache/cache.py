@@ -89,6 +89,8 @@ class Cache(Store):
             raise TypeError(f"lock_timeout is a number of seconds, not {type(lock_timeout).__name__}")
         if not 0 < lock_timeout <= 86_400:
             raise ValueError(f"lock_timeout={lock_timeout!r}: expected more than 0 seconds and at most a day")
+        if not isinstance(ephemeral, bool):
+            raise TypeError(f"ephemeral is True or False, not {ephemeral!r}")
         super().__init__(codec.encode, codec.decode, lock_timeout, clock)
         self._wish = Wish(
             name=name,
@@ -281,9 +283,13 @@ class Cache(Store):
 
         An entry that is there all the while is seen once; one that comes or goes meanwhile may be missed.
         """
-        for key, _ in self._walk(False):
-            if prefix is None or (type(key) is type(prefix) and key[: len(prefix)] == prefix):
-                yield key
+        if prefix is not None and not isinstance(prefix, (str, bytes)):
+            raise TypeError(f"prefix is a str or bytes, not {type(prefix).__name__} ({prefix!r})")
+        return (
+            key
+            for key, _ in self._walk(False)
+            if prefix is None or (type(key) is type(prefix) and key[: len(prefix)] == prefix)
+        )
 
     def items(self) -> Iterator[tuple[Any, Any]]:
         """The keys and values, as `keys` gives them."""

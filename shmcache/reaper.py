@@ -20,7 +20,9 @@ _PROGRAM = """
 import fcntl, json, os, sys
 if os.fork():
     os._exit(0)
-fd, setup, reaper, lines, paths = json.loads(sys.argv[1])
+fd, inode, setup, reaper, lines, paths = json.loads(sys.argv[1])
+if os.fstat(fd).st_ino != inode:
+    os._exit(1)  # not the lock file
 try:
     fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, reaper)  # one reaper a cache
 except OSError:
@@ -49,7 +51,7 @@ def start_reaper(lock_fd: int, lines: int, paths: list[str]) -> None:
     """Start a reaper for the cache of this lock file, unless it has one. `paths` are removed, the lock file last."""
     if is_byte_locked(lock_fd, REAPER_BYTE):
         return
-    argument = json.dumps([lock_fd, SETUP_BYTE, REAPER_BYTE, lines, paths])
+    argument = json.dumps([lock_fd, os.fstat(lock_fd).st_ino, SETUP_BYTE, REAPER_BYTE, lines, paths])
     try:
         # It forks and its first process exits at once, so nobody has a child to wait for.
         subprocess.run(

@@ -26,6 +26,7 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Attachment:
         self.name = name
         self.segment_fd = segment_fd
         self.lock_fd = lock_fd
-        self._files = (_identity(segment_fd), _identity(lock_fd))
+        self._identities = (_identity(segment_fd), _identity(lock_fd))
         self._detached = False
         self.users = 0
         self.data = memoryview(mmap.mmap(segment_fd, size))
@@ -112,13 +113,25 @@ class Attachment:
 
     def is_current(self) -> bool:
         """Whether both files still have their names, and this process its descriptors (a daemon may close them all)."""
-        try:
-            files = (os.fstat(self.segment_fd), os.fstat(self.lock_fd))
-        except OSError:
-            return False
-        return all(file.st_nlink for file in files) and self._files == tuple(
-            (file.st_dev, file.st_ino) for file in files
-        )
+        return self._owns() == (True, True) and all(os.fstat(fd).st_nlink for fd in (self.segment_fd, self.lock_fd))
+
+    def _owns(self) -> tuple[bool, bool]:
+        """Whether the descriptors of segment and lock file still are these."""
+        here = (_identity(self.segment_fd), _identity(self.lock_fd))
+        return here[0] == self._identities[0], here[1] == self._identities[1]
+
+    def disown(self) -> None:
+        """Forget descriptors that somebody has closed: their numbers, and the locks that went with them, are lost."""
+        owned = self._owns()
+        if owned == (True, True):
+            return
+        # The mapping has a duplicate of its descriptor, and freeing the one would close the number of the other.
+        _kept.append(self.data)
+        if not owned[0]:
+            self.segment_fd = -1
+        if not owned[1]:
+            self.lock_fd = -1
+            self.registry.forget()
 
     def check(self, wish: Wish) -> None:
         """Raise GeometryMismatch unless the live cache is what the caller asked for, as far as it asked."""
@@ -142,6 +155,7 @@ class Attachment:
         self._detached = True
         if _attachments.get(self.name) is self:
             del _attachments[self.name]
+        self.disown()
         self.registry.leave()
         if self.ephemeral and self.is_current():
             with contextlib.suppress(Exception), SetupLock(self.lock_fd, 1.0):
@@ -151,18 +165,36 @@ class Attachment:
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
 
     def close_files(self) -> None:
-        """Close the descriptors that still are ours."""
-        for fd, identity in zip((self.segment_fd, self.lock_fd), self._files, strict=True):
-            with contextlib.suppress(OSError):
-                if _identity(fd) == identity:
-                    os.close(fd)
+        """Close the descriptors."""
+        for fd in (self.segment_fd, self.lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.segment_fd = self.lock_fd = -1
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
+def _identity(fd: int) -> tuple[int, int] | None:
+    """Device and inode of an open file; None if the descriptor is closed."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 
+@contextlib.contextmanager
+def _standard_descriptors_taken() -> Iterator[None]:
+    """Fill what is closed of 0, 1 and 2 meanwhile: a segment there would get whatever is written to stderr."""
+    filler: list[int] = []
+    try:
+        while not filler or filler[-1] <= 2:
+            filler.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        yield
+    finally:
+        for fd in filler:
+            os.close(fd)
+
+
+_kept: list[memoryview] = []
 _attachments: dict[str, Attachment] = {}
 _mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a locked one behind
 
@@ -177,7 +209,10 @@ def attach(wish: Wish) -> Attachment:
     with _own_mutex():
         attachment = _attachments.get(wish.name)
         if attachment is None or not attachment.is_current():
-            attachment = _attach(wish)
+            if attachment is not None:
+                attachment.disown()
+            with _standard_descriptors_taken():
+                attachment = _attach(wish)
             _attachments[wish.name] = attachment
         else:
             attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's

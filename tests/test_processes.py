@@ -532,6 +532,8 @@ def test_200_processes_come_and_go_in_64_places(name: str) -> None:
                 assert cache.get("missing") is None
             for number in range(counts["deletes"]):
                 assert cache.delete(f"to delete {number}")
+            [own] = [process for process in cache.stats().attached if process.pid == os.getpid()]
+            assert {key: getattr(own, key) for key in counts} == counts, "it did not begin at 0"
             if end == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if end == "exit":

@@ -114,6 +114,11 @@ class Registry:
             f"cache, or create it larger (a cache of 16 MB or more has {MAX_PROCESSES} places)"
         )
 
+    def forget(self) -> None:
+        """The lock of this process's line is lost, and the line may be another's by now."""
+        self._own_epoch = 0
+        self.own_line = -1
+
     def leave(self) -> None:
         """Give the line back. Closing the lock file right after drops the lock."""
         if self._own_epoch == process_epoch():

@@ -7,7 +7,8 @@ cdef class Request:
     cdef unsigned char[::1] small
     cdef unsigned char[::1] scratch
     cdef unsigned long long head_size, body_size, value_size
-    cdef unsigned long long expiry, version, slot
+    cdef unsigned long long expiry, version, slot, now
+    cdef int refusals
     cdef long long number, initial
     cdef bint keep_expiry, has_initial
     cdef int make_room(self, unsigned long long size) except -1

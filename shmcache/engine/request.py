@@ -28,7 +28,8 @@ class Request:
         self.scratch = memoryview(bytearray(4096))
         self.key_size = self.key_kind = self.hash = 0
         self.head_size = self.body_size = self.value_size = 0
-        self.expiry = self.version = self.slot = 0
+        self.expiry = self.version = self.slot = self.now = 0
+        self.refusals = 0
         self.number = self.initial = 0
         self.keep_expiry = self.has_initial = False
         if not cython.compiled:

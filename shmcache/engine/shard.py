@@ -417,6 +417,8 @@ class Shard:
                 if not self.evict_locked(now):
                     return CORRUPT
         while True:
+            if blocks > self.blocks.count or load(self.words, self.header + S_FREE_BLOCKS) > self.blocks.count:
+                return CORRUPT  # it cannot take more than there are
             while load(self.words, self.header + S_FREE_BLOCKS) < blocks:
                 victim = self.evict_locked(now)
                 if not victim:
@@ -573,6 +575,8 @@ class Shard:
 
     def add_locked(self, request: Request, found: cython.ulonglong, now: cython.ulonglong) -> int:
         """Add `request.number` to the stored integer, or to `request.initial`; the sum is left in `request.number`."""
+        total: cython.longlong
+        status: cython.int
         if found:
             if not self.number_locked(request, found - 1):
                 return NOT_A_NUMBER
@@ -581,11 +585,14 @@ class Shard:
             return ABSENT
         if add_overflows(request.initial, request.number):
             return OUT_OF_RANGE
-        request.number += request.initial
-        request.head_size = write_number(request.small, HEAD_AT, 0xD3, wrap(request.number), 8)  # msgpack's int 64
+        total = request.initial + request.number
+        request.head_size = write_number(request.small, HEAD_AT, 0xD3, wrap(total), 8)  # msgpack's int 64
         request.body_size = 0
         request.keep_expiry = True
-        return self.put_locked(request, found, now)
+        status = self.put_locked(request, found, now)
+        if status == DONE:  # a request that is FULL comes again
+            request.number = total
+        return status
 
     def number_locked(self, request: Request, slot: cython.ulonglong) -> bool:
         """Put the slot's value into `request.initial`, if it is an integer of at most 64 signed bits."""

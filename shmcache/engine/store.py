@@ -75,10 +75,9 @@ def ttl_to_ns(ttl: object, name: str = "ttl") -> int:
         raise TypeError(f"{name} is a number of seconds or None for no expiry, not {type(ttl).__name__} ({ttl!r})")
     if not 0 < ttl < float("inf"):
         raise ValueError(f"{name}={ttl!r}: expected a positive, finite number of seconds, or None for no expiry")
-    nanoseconds = int(ttl * 1_000_000_000)
-    if nanoseconds > MAX_TTL_NS:
+    if ttl > MAX_TTL_NS // 1_000_000_000:
         raise ValueError(f"{name}={ttl!r} is longer than 146 years: use None for no expiry")
-    return nanoseconds or 1
+    return int(ttl * 1_000_000_000) or 1
 
 
 @cython.cclass
@@ -152,7 +151,7 @@ class Store:
         """The values of those of `keys` that are present."""
         request: Request = self.take()
         found = {}
-        for key in keys:
+        for key in _several(keys):
             if self.find(request, key):
                 found[key] = self.value_of(request)
         self.give(request)
@@ -179,9 +178,9 @@ class Store:
         if not self.find(request, key):
             self.give(request)
             raise KeyError(key)
-        expiry: cython.ulonglong = request.expiry
+        left: float | None = (request.expiry - request.now) / 1e9 if request.expiry else None
         self.give(request)
-        return (expiry - self.now()) / 1e9 if expiry else None
+        return left
 
     # --- writing ----------------------------------------------------------------------------------------------------
     def set(self, key: object, value: object, ttl: object = DEFAULT) -> None:
@@ -304,6 +303,8 @@ class Store:
         requests = []
         now: cython.ulonglong = self.now()
         request: Request
+        if not hasattr(mapping, "items"):
+            raise TypeError(f"set_many takes a mapping of keys to values, not {type(mapping).__name__}")
         for key, value in mapping.items():
             requests.append(self._prepare(OP_SET, key, value, ttl, now))
         self._run_all(requests, now)
@@ -318,7 +319,7 @@ class Store:
         now: cython.ulonglong = self.now()
         deleted: cython.ulonglong = 0
         request: Request
-        for key in keys:
+        for key in _several(keys):
             requests.append(self._prepare(OP_DELETE, key, None, None, now))
         self._run_all(requests, now)
         for request in requests:
@@ -335,7 +336,10 @@ class Store:
             delta, initial = cython.cast(tuple, value)
             self.set_step(request, delta, initial)
         elif op <= OP_CAS:
-            self.set_value(request, value)
+            try:
+                self.set_value(request, value)
+            except SerializationError as error:
+                raise SerializationError(f"the value for the key {key!r}: {error}") from error
         if op <= OP_CAS or op == OP_TOUCH:
             self.set_ttl(request, ttl, now)
         return request
@@ -516,6 +520,7 @@ class Store:
     def find(self, request: Request, key: object) -> int:
         """Look `key` up and count it: 1 with a copy of the value in the request, or 0."""
         now: cython.ulonglong = self.now()
+        request.now = now
         self.set_key(request, key)
         shard: Shard = self.shard_of(request)
         status: cython.int = shard.read(request, now)
@@ -561,6 +566,7 @@ class Store:
     def change(self, request: Request, op: cython.int, now: cython.ulonglong) -> int:
         """Perform one writing operation; its status."""
         request.op = op
+        request.refusals = 0
         shard: Shard = self.shard_of(request)
         status: cython.int = shard.run_one(request, now, self.timeout_ns)
         while status == FULL:
@@ -581,7 +587,12 @@ class Store:
                 fullest = shard
         eviction: Request = Request()
         eviction.op = OP_EVICT
-        return fullest.run_one(eviction, now, self.timeout_ns)
+        if fullest.run_one(eviction, now, self.timeout_ns) != DONE:
+            # Others may have emptied it meanwhile, but not a hundred times in a row.
+            request.refusals += 1
+            if request.refusals > 100:
+                return self.raise_for(CORRUPT)
+        return 0
 
     def raise_for(self, status: cython.int) -> int:
         """Raise what a status means if it is a failure."""
@@ -771,6 +782,12 @@ class Store:
             span = ttl_to_ns(ttl)
         request.expiry = now + span if span else 0
         return 0
+
+
+def _several(keys: Iterable[object]) -> Iterable[object]:
+    if isinstance(keys, (str, bytes)):
+        raise TypeError(f"an iterable of keys was expected, not one key ({keys!r}): write [{keys!r}]")
+    return keys
 
 
 def _integer(number: object, name: str) -> int:
