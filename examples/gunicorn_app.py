@@ -21,7 +21,7 @@ from shmcache import Cache
 cache = Cache.from_env(max_bytes="16MB", default_ttl=60)
 
 
-@cache.memoize(ttl=30)
+@cache.memoize(ttl=30, name="report")
 def report(number: int) -> dict[str, int]:
     time.sleep(0.5)  # a slow query
     return {"report": number, "made by": os.getpid()}

@@ -105,7 +105,7 @@ class Cache(Store):
         )
         self._serializer = serializer
         self._closed = False
-        self._open()
+        self._open(self._wish)
 
     @classmethod
     def attach(cls, name: str, **options: Any) -> Self:
@@ -125,7 +125,7 @@ class Cache(Store):
             ("CACHE_NAME", "name", _named),
             ("CACHE_MAX_SIZE", "max_entries", lambda text: _count(_number(int, text), "entries", MAX_ENTRIES)),
             ("CACHE_TTL", "default_ttl", lambda text: ttl_to_ns(_number(float, text), "seconds") / 1e9),
-            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: parse_size(f"{text} MB", "memory")),
+            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: parse_size(f"{_number(float, text)} MB", "memory")),
         ):
             text = os.environ.get(variable, "").strip()
             if text and option not in options:
@@ -141,24 +141,21 @@ class Cache(Store):
         return cls(**{"name": "default", **given, **options})
 
     # --- the attachment ---------------------------------------------------------------------------------------------
-    def _open(self) -> None:
-        attachment = segment.attach(self._wish)
-        ttl = self._wish.default_ttl_ns
+    def _open(self, wish: Wish) -> None:
+        attachment = segment.attach(wish)
+        ttl = wish.default_ttl_ns
         self._adopt(attachment, attachment.default_ttl_ns if ttl is None else ttl)
 
-    def _reattach(self) -> None:
-        old = self.attachment
-        log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
-        wish = self._wish
-        try:
-            self._wish = self._wish_for(old)
-            self._open()
-        except GeometryMismatch:
-            self._wish = wish
-            self._open()
-        finally:
-            self._wish = wish
-        segment.release(old)
+    def _reattach(self, old: segment.Attachment) -> None:
+        with segment.process_mutex():
+            if self._closed or self.attachment is not old:
+                return  # another thread has seen to it
+            log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
+            try:
+                self._open(self._wish_for(old))
+            except GeometryMismatch:
+                self._open(self._wish)
+            segment.release(old)
 
     def _wish_for(self, attachment: segment.Attachment) -> Wish:
         """A wish for a cache like this one."""
@@ -263,16 +260,22 @@ class Cache(Store):
         return Batch(self)
 
     def memoize(
-        self, ttl: object = DEFAULT, *, key: Callable[..., Any] | None = None
+        self, ttl: object = DEFAULT, *, key: Callable[..., Any] | None = None, name: str | None = None
     ) -> Callable[[Callable[..., Any]], Memoized]:
         """A decorator that caches what a function, or a coroutine function, returns for its arguments.
 
-        `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. The
-        decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
+        `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. `name`
+        tells functions apart; without it that is module, qualified name and code, so a changed function does not read
+        what it stored before. Functions that differ only in variables of a function around them need names. Processes
+        that miss at the same time compute at the same time.
+
+        The decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
         """
+        if not callable(ttl) and not isinstance(ttl, Default):
+            ttl_to_ns(ttl)  # raises now rather than at the first call
         if callable(ttl):
             raise TypeError("memoize takes arguments: write @cache.memoize() rather than @cache.memoize")
-        return functools.partial(memoize, self, ttl, key)
+        return functools.partial(memoize, self, ttl, key, name)
 
     # --- iteration --------------------------------------------------------------------------------------------------
     def __iter__(self) -> Iterator[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from shmcache.engine.store import DEFAULT
@@ -38,12 +40,19 @@ class Memoized(Protocol):
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
 
 
-def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function: Callable[..., Any]) -> Memoized:
+def memoize(
+    cache: Cache, ttl: object, key: Callable[..., Any] | None, name: str | None, function: Callable[..., Any]
+) -> Memoized:
     """Wrap `function` so that it is called once for each key, for as long as its result stays in `cache`.
 
     Arguments are bound to their parameters first, so `f(1)`, `f(a=1)` and a default of 1 are one key.
     """
-    name = f"{function.__module__}.{function.__qualname__}"
+    label = f"{function.__module__}.{function.__qualname__}"
+    if name is None:
+        name = label
+        code = getattr(function, "__code__", None)
+        if code is not None:
+            name += "-" + _digest(code).hex()
     signature = inspect.signature(function)
     extra = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
     hits = misses = 0
@@ -58,13 +67,13 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
             bound.arguments[extra] = tuple(sorted(bound.arguments[extra].items()))
         return ("memoize", name, *bound.arguments.values())
 
-    def look_up(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def look_up(entry: tuple[Any, ...]) -> Any:
         nonlocal hits, misses
         try:
             value = cache.get(entry, DEFAULT)
         except SerializationError as error:
             raise SerializationError(
-                f"the arguments of {name} cannot be a cache key ({error}): decorate it with memoize(key=...), a "
+                f"the arguments of {label} cannot be a cache key ({error}): decorate it with memoize(key=...), a "
                 f"function of the same arguments that returns a str, bytes, number or a tuple of these"
             ) from error
         if value is DEFAULT:
@@ -78,7 +87,7 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
         @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             entry = cache_key(*args, **kwargs)
-            value = look_up(entry, args, kwargs)
+            value = look_up(entry)
             if value is DEFAULT:
                 value = await function(*args, **kwargs)
                 cache.set(entry, value, ttl)
@@ -89,7 +98,7 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             entry = cache_key(*args, **kwargs)
-            value = look_up(entry, args, kwargs)
+            value = look_up(entry)
             if value is DEFAULT:
                 value = function(*args, **kwargs)
                 cache.set(entry, value, ttl)
@@ -114,3 +123,17 @@ def memoize(cache: Cache, ttl: object, key: Callable[..., Any] | None, function:
     decorated.cache_clear = cache_clear
     memoized: Memoized = decorated
     return memoized
+
+
+def _digest(code: CodeType) -> bytes:
+    """What tells two functions of one name apart: eight bytes of their instructions, names and constants."""
+    digest = hashlib.blake2s(code.co_code, digest_size=8)
+    digest.update(repr((code.co_names, code.co_varnames)).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            digest.update(_digest(constant))
+        elif isinstance(constant, frozenset):
+            digest.update(repr(sorted(map(repr, constant))).encode())  # its own order differs between processes
+        else:
+            digest.update(repr(constant).encode(errors="surrogatepass"))
+    return digest.digest()

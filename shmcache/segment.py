@@ -33,7 +33,7 @@ from pathlib import Path
 import posix_ipc
 
 from shmcache.engine import layout
-from shmcache.engine.bytelock import Guard, SetupLock
+from shmcache.engine.bytelock import Guard, setup_lock
 from shmcache.engine.layout import Geometry
 from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
@@ -131,7 +131,7 @@ class Attachment:
             self.segment_fd = -1
         if not owned[1]:
             self.lock_fd = -1
-            self.registry.forget()
+            self.member.forget()
 
     def check(self, wish: Wish) -> None:
         """Raise GeometryMismatch unless the live cache is what the caller asked for, as far as it asked."""
@@ -156,11 +156,12 @@ class Attachment:
         if _attachments.get(self.name) is self:
             del _attachments[self.name]
         self.disown()
-        self.registry.leave()
+        self.member.resign()
         if self.ephemeral and self.is_current():
-            with contextlib.suppress(Exception), SetupLock(self.lock_fd, 1.0):
+            with contextlib.suppress(Exception), setup_lock(self.lock_fd, 1.0):
                 if self.is_current() and not self.registry.others_alive():
                     _remove_files(self.name)
+        self.registry.fd = -1  # the number may be another file's soon
         self.close_files()
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
 
@@ -199,14 +200,15 @@ _attachments: dict[str, Attachment] = {}
 _mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a locked one behind
 
 
-def _own_mutex() -> threading.RLock:
+def process_mutex() -> threading.RLock:
+    """What excludes threads of this process from the table of attachments."""
     return _mutexes.setdefault(process_epoch(), threading.RLock())
 
 
 def attach(wish: Wish) -> Attachment:
     """This process's attachment to the cache, created if need be and allowed."""
     check_name(wish.name)
-    with _own_mutex():
+    with process_mutex():
         attachment = _attachments.get(wish.name)
         if attachment is None or not attachment.is_current():
             if attachment is not None:
@@ -214,10 +216,9 @@ def attach(wish: Wish) -> Attachment:
             with _standard_descriptors_taken():
                 attachment = _attach(wish)
             _attachments[wish.name] = attachment
-        else:
-            attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's
         attachment.users += 1
         try:
+            attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's
             attachment.check(wish)
         except BaseException:
             attachment.detach()
@@ -227,17 +228,17 @@ def attach(wish: Wish) -> Attachment:
 
 def release(attachment: Attachment) -> None:
     """Undo one `attach`."""
-    with _own_mutex():
+    with process_mutex():
         attachment.detach()
 
 
 def unlink(name: str, timeout: float = 5.0) -> bool:
     """Remove the files of a cache; whether there were any. Processes that have it attached move to a new one."""
     check_name(name)
-    with _own_mutex():
+    with process_mutex():
         attachment = _attachments.get(name)
         if attachment is not None and attachment.is_current():
-            with SetupLock(attachment.lock_fd, timeout):
+            with setup_lock(attachment.lock_fd, timeout):
                 _remove_files(name)
             return True
         try:
@@ -245,7 +246,7 @@ def unlink(name: str, timeout: float = 5.0) -> bool:
         except CacheNotFound:
             return _remove_files(name)
         try:
-            with SetupLock(fd, timeout):
+            with setup_lock(fd, timeout):
                 return _remove_files(name)
         finally:
             os.close(fd)
@@ -283,7 +284,7 @@ def _attach(wish: Wish) -> Attachment:
     while True:
         lock_fd = _open_lock_file(wish.name, wish.create)
         try:
-            with SetupLock(lock_fd, wish.timeout):
+            with setup_lock(lock_fd, wish.timeout):
                 if not _has_name(lock_fd, wish.name):
                     continue  # somebody unlinked it meanwhile: begin again
                 attachment = _open_segment(wish, lock_fd)
@@ -359,6 +360,8 @@ def _open_segment(wish: Wish, lock_fd: int) -> Attachment:
             f"the shared memory {file_name(wish.name)!r} belongs to another user: use another cache name"
         ) from error
     except (OSError, ValueError) as error:
+        if not (DIRECTORY / file_name(wish.name)).is_symlink() and (DIRECTORY / file_name(wish.name)).is_file():
+            raise  # too many open files, for instance
         raise IncompatibleSegment(
             f"{DIRECTORY / file_name(wish.name)} is not shared memory but a link, a directory or the like ({error}): "
             f"remove it, or use another cache name"
@@ -421,8 +424,9 @@ def _open_existing(wish: Wish, fd: int, lock_fd: int) -> Attachment:
     if compiled is not is_compiled():
         kinds = ("uncompiled", "compiled")
         raise IncompatibleSegment(
-            f"cache {wish.name!r} is used by {kinds[compiled]} processes and this one is {kinds[not compiled]}: they "
-            f"lock in different ways. Install shmcache alike everywhere (is SHMCACHE_PURE set?), or use another name"
+            f"cache {wish.name!r} was created by a {kinds[compiled]} process and this one is {kinds[not compiled]}: "
+            f"they lock in different ways. Install shmcache alike everywhere (is SHMCACHE_PURE set?), use another "
+            f"name, or, if nobody uses it any more, `shmcache unlink {wish.name}`"
         )
     attachment = Attachment(wish.name, fd, lock_fd, status.st_size)
     attachment.open(geometry)

@@ -761,7 +761,7 @@ ARRAYS = [
     np.array([1 + 2j], dtype="c8"),
     np.array(["2024-01-01", "NaT"], dtype="M8[ns]"),
     np.array([1, 2], dtype="m8[25us]"),
-    np.array(["NaT"], dtype="M8"),
+    np.array(["NaT"], dtype="M8[s]"),
     np.array(["a", "bé\0c"]),
     np.array([b"a", b"bc"]),
     np.array([b"ab\0"], dtype="V3"),

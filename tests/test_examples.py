@@ -52,7 +52,7 @@ def test_gunicorn_workers_share_a_page_and_another_process_looks_at_it(name: str
         looked = run("attach.py", name)
         assert (looked.returncode, looked.stderr) == (0, "")
         assert f"{name}: 1 entries" in looked.stdout
-        assert "('memoize', 'gunicorn_app.report', 7) = {'report': 7, 'made by': " in looked.stdout
+        assert "('memoize', 'report', 7) = {'report': 7, 'made by': " in looked.stdout
 
 
 def test_uwsgi_workers_enforce_one_limit(name: str) -> None:

@@ -14,8 +14,6 @@ cdef class Blocks:
         self, unsigned long long run, unsigned long long skip, unsigned char[::1] target, unsigned long long to,
         unsigned long long size) noexcept
     cdef bint matches(self, unsigned long long run, unsigned char* other, unsigned long long size) noexcept
-    cdef unsigned long long adjacent(
-        self, unsigned long long run, unsigned long long skip, unsigned long long size) noexcept
     cdef unsigned long long find(self, unsigned long long length) noexcept
     cdef void take(self, unsigned long long run, unsigned long long length) noexcept
     cdef void release(self, unsigned long long run) noexcept

@@ -33,8 +33,8 @@ __all__ = ["Blocks"]
 class Blocks:
     """The runs of one shard. A run is named by the number of its first block; lengths are in blocks, sizes in bytes.
 
-    Every method that changes something needs the shard's lock; `read`, `matches` and `adjacent` do not, and may be
-    given nonsense by a reader whose slot has changed meanwhile: they stay inside the segment and return.
+    Every method that changes something needs the shard's lock; `read` and `matches` do not, and may be given
+    nonsense by a reader whose slot has changed meanwhile: they stay inside the segment and return.
     """
 
     def __init__(
@@ -98,7 +98,10 @@ class Blocks:
         """Write `size` bytes into the chain that begins with `run`, after its first `skip` bytes."""
         room: cython.ulonglong
         while size:
-            room = self.length(run) * BLOCK_BYTES - RUN_HEADER_BYTES
+            room = self.length(run)
+            if not room:
+                return
+            room = room * BLOCK_BYTES - RUN_HEADER_BYTES
             if skip >= room:
                 skip -= room
             else:
@@ -176,12 +179,6 @@ class Blocks:
             if not run:
                 return False
             run -= 1
-
-    def adjacent(self, run: cython.ulonglong, skip: cython.ulonglong, size: cython.ulonglong) -> int:
-        """Where in the segment these bytes begin, if they lie in the first run; otherwise 0."""
-        if run >= self.count or skip + size > self.length(run) * BLOCK_BYTES - RUN_HEADER_BYTES:
-            return 0
-        return self.at(run) * 8 + RUN_HEADER_BYTES + skip
 
     # --- free runs --------------------------------------------------------------------------------------------------
     def find(self, length: cython.ulonglong) -> int:

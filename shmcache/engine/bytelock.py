@@ -6,6 +6,7 @@ which mutexes do here, and they vanish when the process closes any descriptor of
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,11 +14,12 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from shmcache.engine.primitives import process_epoch
 from shmcache.errors import LockTimeout
 
-__all__ = ["REAPER_BYTE", "SETUP_BYTE", "Guard", "SetupLock", "is_byte_locked", "try_lock_byte"]
+__all__ = ["REAPER_BYTE", "SETUP_BYTE", "Guard", "Mutex", "is_byte_locked", "setup_lock", "try_lock_byte"]
 
 # The first bytes are those of the process table (`membership.py`); these lie beyond.
 SETUP_BYTE = 1 << 20  # held while the cache is created, attached to, unlinked, or a line is taken
@@ -29,76 +31,85 @@ GUARD_PATIENCE = 0.02  # seconds to wait for a compare-and-swap of another proce
 _FLOCK = "@qqihh" if sys.platform == "darwin" else "@hhqqi0q"
 
 
-class SetupLock:
-    """What creating, attaching, unlinking and taking a line exclude each other with: a mutex among the threads of this
-    process, a byte of the lock file among processes. It is gone with the process that holds it."""
+class Mutex:
+    """A lock among threads that an exception raised by a signal handler cannot leave locked, wherever it strikes.
 
-    def __init__(self, fd: int, timeout: float) -> None:
-        self.fd = fd
-        self.timeout = timeout
+    A signal handler or finalizer that comes back to it on the thread that has it would wait for itself: it is refused.
+    """
 
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + self.timeout
-        if not _own_mutex(_setup_mutexes).acquire(timeout=self.timeout):
-            raise self._timed_out()
-        try:
-            while not try_lock_byte(self.fd, SETUP_BYTE):
-                if time.monotonic() > deadline:
-                    raise self._timed_out()
-                time.sleep(0.0005)
-        except BaseException:
-            _own_mutex(_setup_mutexes).release()
-            raise
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = 0
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, SETUP_BYTE)
-        finally:
-            _own_mutex(_setup_mutexes).release()
+    def is_locked(self) -> bool:
+        return self._lock.locked()
 
-    def _timed_out(self) -> LockTimeout:
-        return LockTimeout(
-            f"somebody has been creating, attaching to or unlinking this cache for {self.timeout} s, longer than "
-            f"lock_timeout allows: look for a stopped process (SIGSTOP) with `shmcache ls`"
-        )
+    # A generator that is abandoned anywhere runs its `finally`; a class with __enter__ and __exit__ would not.
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Take the lock for a `with` block; raises LockTimeout if this thread has it already."""
+        if self._owner == threading.get_ident():
+            raise LockTimeout(
+                "this thread is in the middle of a cache operation, so a signal handler or finalizer that runs within "
+                "it cannot use the cache"
+            )
+        with self._lock:
+            try:
+                self._owner = threading.get_ident()
+                yield
+            finally:
+                self._owner = 0
 
 
 # A mutex may be held by a thread that a fork left behind, so each process has its own.
-_setup_mutexes: dict[int, threading.Lock] = {}
-_atomic_mutexes: dict[int, threading.Lock] = {}
+_setup_mutexes: dict[int, Mutex] = {}
+_atomic_mutexes: dict[int, Mutex] = {}
 
 
-def _own_mutex(mutexes: dict[int, threading.Lock]) -> threading.Lock:
-    return mutexes.setdefault(process_epoch(), threading.Lock())
+def _own_mutex(mutexes: dict[int, Mutex]) -> Mutex:
+    return mutexes.setdefault(process_epoch(), Mutex())
+
+
+@contextlib.contextmanager
+def setup_lock(fd: int, timeout: float) -> Iterator[None]:
+    """What creating, attaching, unlinking and taking a line exclude each other with, in this process and among all.
+
+    Raises LockTimeout when others take longer than `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    with _own_mutex(_setup_mutexes).hold():
+        try:
+            while not try_lock_byte(fd, SETUP_BYTE):
+                if time.monotonic() > deadline:
+                    raise LockTimeout(
+                        f"somebody has been creating, attaching to or unlinking this cache for {timeout} s, longer "
+                        f"than lock_timeout allows: look for a stopped process (SIGSTOP) with `shmcache ls`"
+                    )
+                time.sleep(0.0005)
+            yield
+        finally:
+            fcntl.lockf(fd, fcntl.LOCK_UN, 1, SETUP_BYTE)
 
 
 class Guard:
-    """Makes a compare-and-swap of uncompiled code atomic: a mutex among threads, a byte lock among processes."""
+    """Makes a compare-and-swap of uncompiled code atomic, in this process and among all."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def enter(self) -> bool:
-        """Exclude all others; False after a while, for instance because one of them was stopped just here."""
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Exclude all others; False when that took too long, for instance because one of them was stopped just here."""
         deadline = time.monotonic() + GUARD_PATIENCE
-        if not _own_mutex(_atomic_mutexes).acquire(timeout=GUARD_PATIENCE):
-            return False
-        try:
-            while not try_lock_byte(self.fd, ATOMIC_BYTE):
-                if time.monotonic() > deadline:
-                    _own_mutex(_atomic_mutexes).release()
-                    return False
-                time.sleep(0)
-        except BaseException:
-            _own_mutex(_atomic_mutexes).release()
-            raise
-        return True
-
-    def leave(self) -> None:
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
-        finally:
-            _own_mutex(_atomic_mutexes).release()
+        with _own_mutex(_atomic_mutexes).hold():
+            try:
+                held = try_lock_byte(self.fd, ATOMIC_BYTE)
+                while not held and time.monotonic() < deadline:
+                    time.sleep(0)
+                    held = try_lock_byte(self.fd, ATOMIC_BYTE)
+                yield held
+            finally:
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
 
 
 def try_lock_byte(fd: int, byte: int) -> bool:

@@ -6,4 +6,6 @@ cdef class Wheel:
     cdef void on_insert(self, unsigned long long slot) noexcept
     cdef void on_remove(self, unsigned long long slot) noexcept
     cdef unsigned long long next_expired(self, unsigned long long now, unsigned long long budget) noexcept
-    cdef unsigned long long scan_current(self, unsigned long long now, unsigned long long budget) noexcept
+    cdef unsigned long long next_due(self, unsigned long long now, unsigned long long budget) noexcept
+    cdef unsigned long long scan_current(
+        self, unsigned long long now, unsigned long long budget, unsigned long long start) noexcept

@@ -65,7 +65,12 @@ class Wheel:
             logged_store(self.words, self.log, self.header + S_CURSOR, after)
 
     def next_expired(self, now: cython.ulonglong, budget: cython.ulonglong) -> int:
-        """An expired slot plus 1, or 0 when none was found within `budget` entries looked at.
+        """An expired slot plus 1, or 0 when none was found within `budget` entries looked at."""
+        slot: cython.ulonglong = self.next_due(now, budget)
+        return slot if slot else self.scan_current(now, budget, 0)
+
+    def next_due(self, now: cython.ulonglong, budget: cython.ulonglong) -> int:
+        """The same for the ticks that are over.
 
         The hand only remembers how far it got; losing its place costs a second look, so it is not logged.
         """
@@ -96,11 +101,11 @@ class Wheel:
             store(self.words, self.header + S_CURSOR, cursor)
             return 0
         store(self.words, self.header + S_CURSOR, 0)  # this list still grows at its head
-        return self.scan_current(now, budget)
+        return 0
 
-    def scan_current(self, now: cython.ulonglong, budget: cython.ulonglong) -> int:
-        """Look through the list of the tick that is not over yet, from its head every time."""
-        slot: cython.ulonglong = load(self.words, self.list_of(now >> WHEEL_SHIFT))
+    def scan_current(self, now: cython.ulonglong, budget: cython.ulonglong, start: cython.ulonglong) -> int:
+        """The same for the tick that is not over yet, from slot `start - 1` of its list on, or from its head if 0."""
+        slot: cython.ulonglong = start if start else load(self.words, self.list_of(now >> WHEEL_SHIFT))
         expiry: cython.ulonglong
         while slot and budget:
             budget -= 1

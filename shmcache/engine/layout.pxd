@@ -69,6 +69,7 @@ cdef enum:
     BIN_BITMAP_WORDS = 2
     EXACT_BINS = 32
     WHEEL_LISTS = 128
+    ENDED = 4294967295
     WHEEL_SHIFT = 30
     E_VERSION = 0
     E_HASH = 1
@@ -95,6 +96,7 @@ cdef enum:
     READ_ATTEMPTS = 8
     CHECK_NS = 250000000
     READ_PATIENCE_NS = 50000000
+    RUN_BATCH = 4096
     PURGE_BATCH = 256
     SWEEP = 4
     EVICTION_SWEEP = 64
@@ -120,7 +122,6 @@ cdef enum:
     NOT_A_NUMBER = 5
     OUT_OF_RANGE = 6
     CORRUPT = 7
-    TIMED_OUT = 8
     TOO_LARGE = 9
     NO_ROOM = 10
     FULL = 11

@@ -112,6 +112,7 @@ BIN_BITMAP_WORDS = 2
 EXACT_BINS = 32  # runs of 1 to 31 blocks have a bin each, longer ones four bins an octave
 
 WHEEL_LISTS = 128  # a power of two
+ENDED = 0xFFFF_FFFF  # where a search of a timer list goes on once it has reached the end
 WHEEL_SHIFT = 30  # a tick is 2**30 ns, about a second
 
 # --- a slot ---------------------------------------------------------------------------------------------------------
@@ -147,6 +148,7 @@ PROBE_NS = 2_000_000  # how long one owner is watched before the kernel is asked
 READ_ATTEMPTS = 8  # then a reader takes the lock
 CHECK_NS = 250_000_000  # how often an attached process looks whether the files still have names
 READ_PATIENCE_NS = 50_000_000  # how long such a reader waits for it before it calls its key absent
+RUN_BATCH = 4096  # requests performed while the lock is held once, some milliseconds
 PURGE_BATCH = 256  # entries removed while the lock is held once
 SWEEP = 4  # entries of the timer wheel that each write examines
 EVICTION_SWEEP = 64  # and that an eviction examines before it takes a live entry
@@ -175,7 +177,6 @@ BUSY = 4  # a read collided too often
 NOT_A_NUMBER = 5
 OUT_OF_RANGE = 6
 CORRUPT = 7
-TIMED_OUT = 8
 TOO_LARGE = 9
 # These two want something done without the lock, and then the request again:
 NO_ROOM = 10  # the scratch memory of the request is shorter than the value
@@ -257,7 +258,7 @@ class Geometry:
     @property
     def max_entry_bytes(self) -> int:
         """The most bytes that one key and its value, encoded, may have together."""
-        return self.blocks * BLOCK_BYTES - RUN_HEADER_BYTES
+        return min(self.blocks * BLOCK_BYTES - RUN_HEADER_BYTES, 0xFFFF_FFFF)  # a slot has 32 bits for the size
 
     def _shard_stride(self) -> int:
         return _fixed_shard_words() + _round8(self.slots) + self.slots * SLOT_WORDS + self.blocks * BLOCK_WORDS

@@ -5,6 +5,7 @@ cdef class Lock:
     cdef unsigned long long header
     cdef Member member
     cdef object sleeper, guard
+    cdef unsigned long long holder_pid(self)
     cdef bint try_acquire(self) noexcept
     cdef bint acquire(self, unsigned long long timeout_ns) except? -1
     cdef int release(self) except -1

@@ -12,7 +12,6 @@ A waiter that was woken has been counted out by the one who woke it; one that ov
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 try:
@@ -28,6 +27,8 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.membership import Member
     from shmcache.engine.primitives import *
+
+from shmcache.errors import CacheClosed
 
 __all__ = ["Lock"]
 
@@ -50,7 +51,10 @@ class Lock:
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free."""
-        return compare_and_swap(self.words, self.header + S_LOCK, 0, self.member.owner, self.guard)
+        # Without a line of the process table (closed by another thread) nobody could tell that we live.
+        return self.member.owner != 0 and compare_and_swap(
+            self.words, self.header + S_LOCK, 0, self.member.owner, self.guard
+        )
 
     def acquire(self, timeout_ns: cython.ulonglong) -> bool:
         """Take the lock; False when a live process kept it for longer than `timeout_ns`."""
@@ -58,8 +62,9 @@ class Lock:
 
     def release(self) -> int:
         """Give the lock back and wake one waiter."""
-        swap(self.words, self.header + S_LOCK, 0)  # a full fence: the waiters must be read after the lock is free
-        if load(self.words, self.header + S_WAITERS):
+        # The waiters must be read after the lock is free: both are sequentially consistent.
+        swap(self.words, self.header + S_LOCK, 0)
+        if load_acquire(self.words, self.header + S_WAITERS):
             self.wake()
         return 0
 
@@ -67,13 +72,15 @@ class Lock:
         """`acquire` when the first attempt failed."""
         holder: cython.ulonglong
         suspect: cython.ulonglong = 0
-        began: cython.ulonglong = time.monotonic_ns()
+        began: cython.ulonglong = precise_ns()
         now: cython.ulonglong = began
         since: cython.ulonglong = began
         _spin: cython.int
         taken: cython.bint = False
         woken: cython.bint
         while not taken:
+            if not self.member.owner:
+                raise CacheClosed("the cache was closed by another thread while this one waited for a lock")
             for _spin in range(SPINS):
                 pause()
                 if not load(self.words, self.header + S_LOCK) and self.try_acquire():
@@ -81,7 +88,7 @@ class Lock:
                     break
             if taken:
                 break
-            now = time.monotonic_ns()
+            now = precise_ns()
             holder = load_acquire(self.words, self.header + S_LOCK)
             if holder != suspect:
                 suspect = holder
@@ -104,8 +111,13 @@ class Lock:
                 if not woken:
                     self.add_waiters(-1)
         self.member.count(C_LOCK_WAITS, 1)
-        self.member.count(C_LOCK_WAIT_NS, time.monotonic_ns() - began)
+        self.member.count(C_LOCK_WAIT_NS, precise_ns() - began)
         return taken
+
+    def holder_pid(self) -> int:
+        """The pid of whoever holds the lock, for people to read."""
+        line: cython.ulonglong = load(self.words, self.header + S_LOCK) >> 48
+        return load(self.words, HEADER_WORDS + line * PROCESS_WORDS + P_PID)
 
     def wake(self) -> int:
         if self.add_waiters(-1):

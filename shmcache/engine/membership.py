@@ -27,8 +27,8 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
-from shmcache.engine.bytelock import SetupLock, is_byte_locked, try_lock_byte
-from shmcache.errors import TooManyProcesses
+from shmcache.engine.bytelock import is_byte_locked, setup_lock, try_lock_byte
+from shmcache.errors import CacheClosed, TooManyProcesses
 
 __all__ = ["Member", "Registry"]
 
@@ -67,6 +67,16 @@ class Member:
         self.counters = at + P_COUNTERS
         self.owner = line << 48 | (load(self.words, at + P_GENERATION) & GENERATION_MASK)
 
+    def resign(self) -> None:
+        """Give the line back: no lock can be taken in its name any more."""
+        self.owner = 0
+        self.registry.leave()
+
+    def forget(self) -> None:
+        """The lock of the line is lost, and the line may be another's by now."""
+        self.owner = 0
+        self.registry.forget()
+
 
 class Registry:
     """The process table of one cache and the lock file that proves it. `fd` is the only descriptor of that file."""
@@ -84,7 +94,7 @@ class Registry:
 
     def take_line(self, timeout: float) -> None:
         """Lock a byte, start a new generation of its line, and fold what its last process counted into the totals."""
-        with SetupLock(self.fd, timeout):
+        with setup_lock(self.fd, timeout):
             if self._own_epoch == process_epoch():
                 return
             line = self._lock_a_line()
@@ -126,8 +136,10 @@ class Registry:
         self._own_epoch = 0
 
     def is_alive(self, owner: int) -> bool:
-        """Whether the process of this owner id still runs."""
+        """Whether the process of this owner id still runs; CacheClosed if our lock file was closed meanwhile."""
         line, generation = owner >> 48, owner & GENERATION_MASK
+        if self.fd < 0 or os.fstat(self.fd).st_ino != load(self.words, H_LOCK_FILE):
+            raise CacheClosed("the cache was closed by another thread while this one waited for a lock")
         if line >= self.processes or load(self.words, self.line(line) + P_GENERATION) & GENERATION_MASK != generation:
             return False
         return line == self.own_line or is_byte_locked(self.fd, line)

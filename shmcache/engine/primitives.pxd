@@ -15,7 +15,7 @@ cdef extern from * nogil:
 
     static inline shm_word shm_load_at(const shm_word *w, shm_word n, shm_word i, int order) {
         if (SHM_UNLIKELY(i >= n)) return 0;
-        return order ? __atomic_load_n(w + i, __ATOMIC_ACQUIRE) : __atomic_load_n(w + i, __ATOMIC_RELAXED);
+        return order ? __atomic_load_n(w + i, __ATOMIC_SEQ_CST) : __atomic_load_n(w + i, __ATOMIC_RELAXED);
     }
     static inline void shm_store_at(shm_word *w, shm_word n, shm_word i, shm_word x, int order) {
         if (SHM_UNLIKELY(i >= n)) return;
@@ -103,6 +103,13 @@ cdef extern from * nogil:
         return (shm_word)t.tv_sec * 1000000000ULL + (shm_word)t.tv_nsec;
     }
 
+    static inline shm_word shm_precise_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (shm_word)t.tv_sec * 1000000000ULL + (shm_word)t.tv_nsec;
+    }
+
+    /* One counter for each extension module that includes this: an epoch means something only in its own module. */
     static shm_word shm_forks = 1;
     static void shm_count_fork(void) { shm_forks++; }
     static inline void shm_watch_forks(void) { pthread_atfork(NULL, NULL, shm_count_fork); }
@@ -194,6 +201,7 @@ cdef extern from * nogil:
         unsigned char* key, unsigned long long size, unsigned long long kind, unsigned long long secret0,
         unsigned long long secret1) noexcept
     unsigned long long now_ns "shm_now_ns"() noexcept
+    unsigned long long precise_ns "shm_precise_ns"() noexcept
     void watch_forks "shm_watch_forks"() noexcept
     unsigned long long process_epoch "shm_process_epoch"() noexcept
 

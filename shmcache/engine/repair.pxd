@@ -4,12 +4,14 @@ cdef class Inspector:
     cdef Shard shard
     cdef unsigned char[::1] claimed, seen
     cdef readonly list problems
-    cdef unsigned long long used, timed, used_bytes
+    cdef unsigned long long used, timed, used_bytes, claimed_runs
     cdef void check(self)
     cdef void report(self, str problem)
     cdef bint is_sound(self, unsigned long long slot)
     cdef bint claim(self, unsigned long long slot)
     cdef void disclaim(self, unsigned long long slot)
+    cdef bint is_unclaimed(self, unsigned long long run, unsigned long long length)
+    cdef void mark(self, unsigned long long run, unsigned long long length, bint claimed)
     cdef bint hash_is_right(self, unsigned long long slot)
     cdef void slots(self)
     cdef void buckets(self)

@@ -30,18 +30,18 @@ MAX_PROBLEMS = 100  # of one shard; a broken list would otherwise be reported en
 
 def inspect_locked(shard: Shard, rebuild: bool) -> list[str]:
     """What is wrong with the shard, in words; or with `rebuild`, which entries were dropped, and why."""
-    inspector = Inspector(shard)
     collecting = gc.isenabled()
     gc.disable()  # or it might run somebody's finalizer while we hold the lock
     try:
+        inspector = Inspector(shard)
         if rebuild:
             inspector.rebuild()
         else:
             inspector.check()
+        return inspector.problems
     finally:
         if collecting:
             gc.enable()
-    return inspector.problems
 
 
 @cython.final
@@ -54,7 +54,7 @@ class Inspector:
         self.claimed = memoryview(bytearray(shard.blocks.count))
         self.seen = memoryview(bytearray(shard.slots))
         self.problems: list[str] = []
-        self.used = self.timed = self.used_bytes = 0
+        self.used = self.timed = self.used_bytes = self.claimed_runs = 0
 
     def check(self) -> None:
         self.slots()
@@ -88,9 +88,7 @@ class Inspector:
     def is_sound(self, slot: cython.ulonglong) -> bool:
         """Whether a used slot describes an entry; if so its blocks are claimed."""
         kind: cython.ulonglong = high(load(self.shard.words, self.shard.at(slot) + E_SIZES)) >> 16
-        if kind == 0 or kind > KEY_PACKED:
-            return False
-        if not self.claim(slot):
+        if kind == 0 or kind > KEY_PACKED or not self.claim(slot):
             return False
         if self.hash_is_right(slot):
             return True
@@ -104,21 +102,20 @@ class Inspector:
         run: cython.ulonglong = low(load(self.shard.words, self.shard.at(slot) + E_PLACE))
         room: cython.ulonglong = 0
         length: cython.ulonglong
-        block: cython.ulonglong
+        self.claimed_runs = 0
         while run:
             run -= 1
             length = self.shard.blocks.length(run)
-            if length == 0 or high(load(self.shard.words, self.shard.blocks.at(run))) & RUN_FREE or room >= size + 1:
+            if (
+                length == 0
+                or room >= size
+                or high(load(self.shard.words, self.shard.blocks.at(run))) & RUN_FREE
+                or not self.is_unclaimed(run, length)
+            ):
                 self.disclaim(slot)
                 return False
-            for block in range(run, run + length):
-                if self.claimed[block]:
-                    length = block - run
-                    for block in range(run, run + length):
-                        self.claimed[block] = 0
-                    self.disclaim(slot)
-                    return False
-                self.claimed[block] = 1 if block == run else 2
+            self.mark(run, length, True)
+            self.claimed_runs += 1
             room += length * BLOCK_BYTES - RUN_HEADER_BYTES
             run = low(load(self.shard.words, self.shard.blocks.at(run)))
         if room < size:
@@ -127,20 +124,24 @@ class Inspector:
         return True
 
     def disclaim(self, slot: cython.ulonglong) -> None:
-        """Take back what `claim` claimed for this slot: runs from the first on, as far as they are marked."""
+        """Take back the runs that the last `claim`, which was for this slot, has claimed."""
         run: cython.ulonglong = low(load(self.shard.words, self.shard.at(slot) + E_PLACE))
-        length: cython.ulonglong
+        while self.claimed_runs:
+            self.mark(run - 1, self.shard.blocks.length(run - 1), False)
+            self.claimed_runs -= 1
+            run = low(load(self.shard.words, self.shard.blocks.at(run - 1)))
+
+    def is_unclaimed(self, run: cython.ulonglong, length: cython.ulonglong) -> bool:
         block: cython.ulonglong
-        steps: cython.ulonglong = 0
-        while run and run <= self.shard.blocks.count and steps <= self.shard.blocks.count:
-            run -= 1
-            steps += 1
-            length = self.shard.blocks.length(run)
-            if length == 0 or self.claimed[run] != 1:
-                return
-            for block in range(run, run + length):
-                self.claimed[block] = 0
-            run = low(load(self.shard.words, self.shard.blocks.at(run)))
+        for block in range(run, run + length):  # noqa: SIM110 - a generator would be a Python object in C
+            if self.claimed[block]:
+                return False
+        return True
+
+    def mark(self, run: cython.ulonglong, length: cython.ulonglong, claimed: bool) -> None:
+        block: cython.ulonglong
+        for block in range(run, run + length):
+            self.claimed[block] = 0 if not claimed else 1 if block == run else 2
 
     def hash_is_right(self, slot: cython.ulonglong) -> bool:
         sizes: cython.ulonglong = load(self.shard.words, self.shard.at(slot) + E_SIZES)
@@ -340,8 +341,10 @@ class Inspector:
         shard: Shard = self.shard
         stamp: cython.ulonglong = load(shard.words, shard.header + S_STAMP) + 2
         store(shard.words, shard.header + S_STAMP, stamp)
-        store_release(shard.words, shard.at(slot) + E_VERSION, stamp)
+        store(shard.words, shard.at(slot) + E_VERSION, stamp - 1)  # no reader may begin while it still looks used
+        fence_release()
         store(shard.words, shard.at(slot) + E_PLACE, with_low(load(shard.words, shard.at(slot) + E_PLACE), 0))
+        store_release(shard.words, shard.at(slot) + E_VERSION, stamp)
         self.report(f"slot {slot} was dropped: {why}")
 
     def rebuild_table(self) -> None:
@@ -384,7 +387,9 @@ class Inspector:
         shard: Shard = self.shard
         hash: cython.ulonglong = load(shard.words, shard.at(slot) + E_HASH)
         link: cython.ulonglong = load(shard.words, shard.table.bucket_of(hash))
-        while link:
+        steps: cython.ulonglong = 0
+        while link and steps <= shard.slots:
+            steps += 1
             if load(shard.words, shard.at(low(link) - 1) + E_HASH) == hash and high(
                 load(shard.words, shard.at(low(link) - 1) + E_SIZES)
             ) == high(load(shard.words, shard.at(slot) + E_SIZES)):
@@ -445,7 +450,9 @@ class Inspector:
                 after_free = True
             else:
                 word = load(shard.words, shard.blocks.at(run))
-                length = shard.blocks.length(run)
+                length = 1
+                while run + length < shard.blocks.count and self.claimed[run + length] == 2:
+                    length += 1
                 store(
                     shard.words, shard.blocks.at(run), pack(length | (RUN_AFTER_FREE if after_free else 0), low(word))
                 )

@@ -11,7 +11,6 @@ versions forward, frees what is in limbo, and the shard stands as before the ope
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -41,38 +40,11 @@ else:
     from shmcache.engine.request import Request
     from shmcache.engine.table import Table
 
+from shmcache.engine.bytelock import Mutex
 from shmcache.engine.layout import Geometry
 from shmcache.errors import LockTimeout
 
 __all__ = ["Shard"]
-
-
-class Mutex:
-    """A lock among threads that a signal handler, run by the thread that has it, cannot wait for in vain."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0
-
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
-            raise LockTimeout(
-                "this thread is in the middle of a cache operation, so a signal handler or finalizer that runs within "
-                "it cannot use the cache; compiled, operations are not interrupted"
-            )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = 0
-        self._lock.release()
-
-    def try_enter(self) -> bool:
-        """Take the lock if it is free."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        self._owner = threading.get_ident()
-        return True
 
 
 @cython.final
@@ -228,23 +200,22 @@ class Shard:
         """Record a hit in the eviction order, unless somebody else has the lock: recency is not worth waiting for."""
         if cython.compiled:
             if self.lock.try_acquire():
-                if self.is_dirty():
-                    self.recover_locked()
-                self.record_hit_locked(request)
-                self.leave()
-        elif self.mutex().try_enter():
-            try:
-                if self.lock.try_acquire():
-                    if self.is_dirty():
-                        self.recover_locked()
+                if not self.is_dirty():  # recovery is left to a writer
                     self.record_hit_locked(request)
-            finally:
                 self.leave()
-                self.mutex().__exit__()
+        elif not self.mutex().is_locked():
+            with self.mutex().hold():
+                try:
+                    if self.lock.try_acquire() and not self.is_dirty():
+                        self.record_hit_locked(request)
+                finally:
+                    self.leave()
         return 0
 
     def record_hit_locked(self, request: Request) -> None:
-        if load(self.words, self.at(request.slot) + E_VERSION) == request.version:
+        if load(self.words, self.at(request.slot) + E_VERSION) == request.version and low(
+            load(self.words, self.at(request.slot) + E_PLACE)
+        ):
             self.order.on_hit(request.slot)
             store_release(self.words, self.log + L_USED, 0)
 
@@ -254,8 +225,8 @@ class Shard:
     ) -> int:
         """Take the lock once and perform the requests from number `start` on, each of them a transaction.
 
-        The number of the first that is not done because something must be done without the lock first (NO_ROOM, FULL);
-        otherwise their count. Raises LockTimeout.
+        The number of the first that is not done: because something must be done without the lock first (its status is
+        NO_ROOM or FULL), or because others have waited long enough. Raises LockTimeout.
         """
         if cython.compiled:
             self.enter(timeout_ns)
@@ -263,7 +234,7 @@ class Shard:
             self.leave()
         else:
             # Python code can be interrupted anywhere: `leave` rolls back what was not finished.
-            with self.mutex():
+            with self.mutex().hold():
                 try:
                     self.enter(timeout_ns)
                     start = self.run_locked(requests, start, now)
@@ -274,12 +245,13 @@ class Shard:
     def run_locked(self, requests: list[Request], start: cython.int, now: cython.ulonglong) -> int:
         number: cython.int
         request: Request
-        for number in range(start, len(requests)):
+        end: cython.int = min(len(requests), start + RUN_BATCH)
+        for number in range(start, end):
             request = requests[number]
             request.status = self.perform_locked(request, now)
             if request.status >= NO_ROOM:
                 return number
-        return len(requests)
+        return end
 
     def inspect(self, rebuild: bool, timeout_ns: cython.ulonglong) -> list[str]:
         """Take the lock, then check or rebuild (`repair.py`); what was found wrong or dropped."""
@@ -289,7 +261,7 @@ class Shard:
                 return self.inspect_locked(self, rebuild)
             finally:
                 self.leave()
-        with self.mutex():
+        with self.mutex().hold():
             try:
                 self.enter(timeout_ns)
                 return self.inspect_locked(self, rebuild)
@@ -314,11 +286,14 @@ class Shard:
         if not self.lock.acquire(timeout_ns):
             raise LockTimeout(
                 f"a live process has held the lock of a shard for {timeout_ns / 1e9} s (lock_timeout): "
-                f"is it stopped (SIGSTOP, a debugger)? Its line in the process table is "
-                f"{load(self.words, self.header + S_LOCK) >> 48}; `shmcache stats` lists them"
+                f"is it stopped (SIGSTOP, a debugger)? Its pid, as it sees itself, is {self.lock.holder_pid()}"
             )
         if self.is_dirty():
-            self.recover_locked()
+            try:
+                self.recover_locked()
+            except BaseException:  # a rebuild may lack memory: the next owner tries again
+                self.lock.release()
+                raise
         return 0
 
     def leave(self) -> int:
@@ -562,11 +537,20 @@ class Shard:
     def purge_locked(self, request: Request, now: cython.ulonglong) -> int:
         """Remove up to PURGE_BATCH expired entries, their number in `request.number`; BUSY if there may be more."""
         slot: cython.ulonglong
+        after: cython.ulonglong = 0
         request.number = 0
         while request.number < PURGE_BATCH:
-            slot = self.wheel.next_expired(now, self.slots + WHEEL_LISTS)
+            slot = self.wheel.next_due(now, self.slots + WHEEL_LISTS)
             if not slot:
-                return DONE
+                # The list of this second, each entry of it once: `after` is where the search goes on.
+                if request.number and after == ENDED:
+                    return DONE
+                slot = self.wheel.scan_current(now, self.slots + 1, after)
+                if not slot:
+                    return DONE
+                after = high(load(self.words, self.at(slot - 1) + E_TIMER))
+                if not after:
+                    after = ENDED
             if self.remove_locked(slot - 1) != DONE:
                 return CORRUPT
             self.count_locked(S_EXPIRATIONS)
@@ -709,7 +693,10 @@ class Shard:
         state: cython.ulonglong = load(self.words, self.header + S_STATE)
         if state == STATE_READY:
             self.roll_back_locked()
-            self.blocks.drain()
+            if not self.blocks.drain():
+                store(
+                    self.words, self.header + S_LIMBO, 0
+                )  # no chain at all: `check` finds the blocks, `repair` frees them
         elif state == STATE_CLEARING:
             self.format_locked()
         else:

@@ -18,6 +18,8 @@ cdef class Store:
     cdef void give(self, Request request)
     cdef unsigned long long shard_number(self, Request request) noexcept
     cdef Shard shard_of(self, Request request)
+    cdef Shard shard_at(self, unsigned long long number)
+    cdef object closed(self)
     cdef int set_key(self, Request request, object key) except -1
     cdef int set_value(self, Request request, object value) except -1
     cdef int set_text(self, Request request, str value) except -1
@@ -29,7 +31,7 @@ cdef class Store:
     cdef int find(self, Request request, object key) except -1
     cdef int change(self, Request request, int op, unsigned long long now) except -1
     cdef int read_locked(self, Request request, Shard shard, unsigned long long now) except -1
-    cdef int make_way(self, Request request, unsigned long long now) except -1
+    cdef int make_way(self, Request request, list[Shard] shards, unsigned long long now) except -1
     cdef object failure(self, int status)
     cdef int raise_for(self, int status) except -1
     cdef int put(self, int op, object key, object value, object ttl, unsigned long long version) except -1

@@ -1,5 +1,5 @@
 # cython: boundscheck=True
-# (A list of shards is empty once another thread has closed the cache.)
+# The list of shards is empty once another thread has closed the cache, so here indexes of lists are checked.
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here keys and scalars become bytes, the clock is read, the shard is chosen and hits are counted; `shard.py` does the
@@ -126,7 +126,7 @@ class Store:
         self.member = Member(memoryview(bytearray(64)).cast("Q"), None)  # for a thread that is in an operation
         self.shards = []
 
-    def _reattach(self) -> None:
+    def _reattach(self, old: Any) -> None:
         raise NotImplementedError
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -327,13 +327,13 @@ class Store:
         self.member.count(C_DELETES, deleted)
         return deleted
 
-    def _prepare(self, op: int, key: object, value: object, ttl: object, now: int) -> Request:
+    def _prepare(self, op: int, key: object, value: Any, ttl: object, now: int) -> Request:
         """A request of its own for `_run_all`."""
         request: Request = Request()
         request.op = op
         self.set_key(request, key)
         if op == OP_INCR:
-            delta, initial = cython.cast(tuple, value)
+            delta, initial = value
             self.set_step(request, delta, initial)
         elif op <= OP_CAS:
             try:
@@ -348,16 +348,20 @@ class Store:
         """Perform prepared requests, in order within a shard, taking each shard's lock once."""
         request: Request
         shard: Shard
-        groups: list[Any] = [[] for _ in self.shards]
+        shards = self.shards  # hashes are theirs: another thread may move us to a new segment meanwhile
+        groups: dict[int, list[Request]] = {}
+        if not shards:
+            raise self.closed()
         for request in requests:
-            groups[self.shard_number(request)].append(request)
-        for number, group in enumerate(groups):
-            shard = self.shards[number]
+            groups.setdefault(self.shard_number(request), []).append(request)
+        for number in sorted(groups):
+            group = groups[number]
+            shard = shards[number]
             done = 0
             while done < len(group):
                 done = shard.run(group, done, now, self.timeout_ns)
                 if done < len(group):
-                    self.make_way(group[done], now)
+                    self.make_way(group[done], shards, now)
 
     def _perform(self, operations: list[tuple[int, object, object, object]]) -> list[tuple[int, Any]]:
         """Perform (op, key, value, ttl) each, in order within a shard: status and result, or an exception as result.
@@ -434,13 +438,14 @@ class Store:
         request: Request = self.take()
         entries: list[tuple[Any, Any]] = []
         place: cython.ulonglong = position
-        shard: Shard = self.shards[0]
+        shard: Shard = self.shard_at(0)
+        shards = self.shards
         slots: cython.ulonglong = shard.slots
-        total: cython.ulonglong = slots * self.shard_count
+        total: cython.ulonglong = slots * len(shards)
         status: cython.int
         tries: cython.int
         while place < total and len(entries) < count:
-            shard = self.shards[place // slots]
+            shard = shards[place // slots]
             tries = 0
             status = BUSY
             while status == BUSY and tries < 1000:
@@ -477,7 +482,7 @@ class Store:
     def _inspect(self, number: int, rebuild: bool) -> list[str]:
         """What `repair.py` says of a shard."""
         self.now()
-        shard: Shard = self.shards[number]
+        shard: Shard = self.shard_at(number)
         return shard.inspect(rebuild, self.timeout_ns)
 
     # --- the way of an operation ------------------------------------------------------------------------------------
@@ -491,9 +496,13 @@ class Store:
     def _refresh(self, now: int) -> None:
         """Notice that the cache was closed, that this is a forked child, or that the files were unlinked."""
         if self.epoch == CLOSED:
-            raise CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
-        if not self.attachment.is_current():
-            self._reattach()
+            raise self.closed()
+        attachment = self.attachment
+        current = attachment is not None and attachment.is_current()  # lets other threads run
+        if self.epoch == CLOSED:
+            raise self.closed()
+        if not current:
+            self._reattach(attachment)
         elif self.epoch != process_epoch():
             self.member.join(self.timeout_ns / 1e9)
             self.epoch = process_epoch()
@@ -515,7 +524,15 @@ class Store:
         return high(high(request.hash) * self.shard_count)
 
     def shard_of(self, request: Request) -> Shard:
-        return self.shards[self.shard_number(request)]
+        return self.shard_at(self.shard_number(request))
+
+    def shard_at(self, number: cython.ulonglong) -> Shard:
+        if not self.shards:
+            raise self.closed()
+        return self.shards[number]
+
+    def closed(self) -> Exception:
+        return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
 
     def find(self, request: Request, key: object) -> int:
         """Look `key` up and count it: 1 with a copy of the value in the request, or 0."""
@@ -568,21 +585,24 @@ class Store:
         request.op = op
         request.refusals = 0
         shard: Shard = self.shard_of(request)
+        shards = self.shards
         status: cython.int = shard.run_one(request, now, self.timeout_ns)
         while status == FULL:
-            self.make_way(request, now)
+            self.make_way(request, shards, now)
             status = shard.run_one(request, now, self.timeout_ns)
         if status >= CORRUPT:
             self.raise_for(status)
         return status
 
-    def make_way(self, request: Request, now: cython.ulonglong) -> int:
-        """Do what a request needs that its shard cannot do with its lock held."""
+    def make_way(self, request: Request, shards: list[Shard], now: cython.ulonglong) -> int:
+        """Do what a request needs that its shard, one of `shards`, cannot do with its lock held."""
         shard: Shard
-        fullest: Shard = self.shards[0]
+        fullest: Shard = shards[0]
         if request.status == NO_ROOM:
             return request.make_room(request.value_size)
-        for shard in self.shards:
+        if request.status != FULL:
+            return 0
+        for shard in shards:
             if load(shard.words, shard.header + S_ENTRIES) > load(fullest.words, fullest.header + S_ENTRIES):
                 fullest = shard
         eviction: Request = Request()
@@ -604,7 +624,9 @@ class Store:
     def failure(self, status: cython.int) -> Exception | None:
         """The exception for a status that is a failure."""
         if status == TOO_LARGE:
-            shard: Shard = self.shards[0]
+            if not self.shards:
+                return self.closed()
+            shard: Shard = self.shard_at(0)
             return ValueTooLarge(
                 f"the key and its value take more than the {shard.max_entry:,} bytes that one of the "
                 f"{self.shard_count} shard(s) holds; the value stored before, if any, is kept. Create the cache with a "
@@ -612,8 +634,8 @@ class Store:
             )
         if status == CORRUPT:
             return CorruptSegment(
-                f"the contents of cache {self.attachment.name!r} contradict themselves: `cache.check()` says where, "
-                f"`cache.repair()` keeps what can be proved"
+                "the contents of the cache contradict themselves: `cache.check()` says where, "
+                "`cache.repair()` keeps what can be proved"
             )
         return None
 

@@ -93,8 +93,10 @@ class Table:
         store(self.words, self.header + S_STAMP, stamp)
         for slot in range(self.count):
             word = self.at(slot)
-            store_release(self.words, word + E_VERSION, stamp)
+            store(self.words, word + E_VERSION, stamp - 1)  # no reader may begin while the slot still looks used
+            fence_release()
             store(self.words, word + E_PLACE, 0)
             store(self.words, word + E_CHAIN, slot + 2 if slot + 1 < self.count else 0)
             store(self.words, self.buckets + slot, 0)
+            store_release(self.words, word + E_VERSION, stamp)
         store(self.words, self.header + S_FREE_SLOT, 1)
