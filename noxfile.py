@@ -124,7 +124,9 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy, strict."""
-    session.install("-e", ".[test]", *tools("mypy", "nox", "types-psutil"), env={"SHMCACHE_PURE": "1"})
+    session.install(
+        "-e", ".[test]", *tools("mypy", "nox", "types-cachetools", "types-psutil"), env={"SHMCACHE_PURE": "1"}
+    )
     session.run("mypy")
 
 
@@ -144,7 +146,14 @@ def tests(session: nox.Session, mode: str) -> None:
     session.install("-e", f".[{extras}]", env=env)
     is_mode = f"import shmcache; assert shmcache.is_compiled() is {mode == 'compiled'}"
     session.run("python", "-c", is_mode, env=env)
-    session.run("pytest", *session.posargs, env=env)
+    # Pythons of other sessions that have the package, in the same mode: all of them shall meet on one cache.
+    others = Path(session.virtualenv.location).parent.glob(f"tests-*-mode-{mode}/bin/python")
+    env["SHMCACHE_OTHER_PYTHONS"] = os.pathsep.join(
+        sorted(str(python) for python in others if session.virtualenv.location not in str(python))
+    )
+    # Compiled, that test runs the sources in another process, as the uncompiled session does itself.
+    repeated = ["--deselect=tests/test_crash_points.py::test_the_sources_at_every_crash_point"]
+    session.run("pytest", *(repeated if mode == "compiled" else []), *session.posargs, env=env)
 
 
 @nox.session
