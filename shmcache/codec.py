@@ -121,6 +121,8 @@ class Codec:
         if kind in _PLAIN:
             try:
                 data = _pack(value)
+            except _PASSING:
+                raise
             except Exception:
                 pass  # The careful way below either knows the type or says what is wrong with it.
             else:
@@ -144,7 +146,7 @@ class Codec:
         """
         try:
             return _unpackb(data, strict_map_key=False, ext_hook=self._revive_outermost)
-        except SerializationError:
+        except (SerializationError, *_PASSING):
             raise
         except Exception as error:  # msgpack, every constructor and every serializer raise what they like.
             raise SerializationError(
@@ -159,6 +161,8 @@ class Codec:
                 pass  # An int beyond 64 bits, a lone surrogate: the serializer may know better.
         try:
             payload = self._dumps(value)
+        except _PASSING:
+            raise
         except Exception as error:
             raise SerializationError(
                 f"cannot store value: serializer {self.serializer!r} failed on {_type_name(type(value))}: "
@@ -211,6 +215,8 @@ def encode_key(key: object) -> bytes:
     if type(key) is tuple and _EASY_KEY_TYPES.issuperset(map(type, key)):
         try:
             return _extension(Extension.TUPLE, _pack(list(key)))
+        except _PASSING:
+            raise
         except Exception:
             pass  # As in Codec.encode.
     try:
@@ -241,7 +247,10 @@ _SCALARS: Final = frozenset({str, bytes, int, float, bool, type(None)})
 _PLAIN: Final = _SCALARS | {list, dict}  # What msgpack itself gives back as it was.
 _LOOKALIKE_MARKERS: Final = bytes([*range(0xC4, 0xCA), *range(0xD4, 0xD9)])  # The first bytes of bin and ext.
 _KEPT_BUFFER: Final = 1 << 20  # A packer never shrinks its buffer, so one that packed more bytes than this is let go.
-_STACK_DEPTH: Final = 2  # unpackb() takes 40 KB of C stack, of which a thread may have little: deeper, use the heap.
+# Not about the data: memory is short, or a signal handler has interrupted whatever was running.
+_PASSING: Final = (MemoryError, TimeoutError)
+
+_STACK_DEPTH: Final = 1  # unpackb() takes 40 KB of C stack, of which a thread may have little: deeper, use the heap.
 
 # A packer is neither thread-safe nor reentrant (a finalizer may run in the middle), so it is out of the list in use.
 _idle_packers: Final[list[Any]] = []

@@ -97,9 +97,11 @@ class Attachment:
         self.member = Member(self.words, self.registry)
         self.secret = (load(self.words, layout.H_SECRET), load(self.words, layout.H_SECRET + 1))
         self.sleepers = [Sleeper(f"/{file_name(self.name)}~{number}") for number in range(geometry.shards)]
-        guard = Guard(self.lock_fd)
+        self.guard = Guard(self.lock_fd)
         self.shards = [
-            Shard(self.words, self.data, geometry, number, self.secret, self.member, sleeper, guard, inspect_locked)
+            Shard(
+                self.words, self.data, geometry, number, self.secret, self.member, sleeper, self.guard, inspect_locked
+            )
             for number, sleeper in enumerate(self.sleepers)
         ]
 
@@ -161,7 +163,7 @@ class Attachment:
             with contextlib.suppress(Exception), setup_lock(self.lock_fd, 1.0):
                 if self.is_current() and not self.registry.others_alive():
                     _remove_files(self.name)
-        self.registry.fd = -1  # the number may be another file's soon
+        self.registry.fd = self.guard.fd = -1  # the number may be another file's soon
         self.close_files()
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
 

@@ -129,3 +129,40 @@ def test_files_that_stay_open_elsewhere(name: str) -> None:
     assert name in segment.names()
     del cache
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # the mapping's own duplicate may wait for the collector
+
+
+def test_a_waiter_whose_cache_is_closed_robs_nobody(make_cache: Callable[..., Cache]) -> None:
+    """Another thread closes the cache and opens files; the waiter gives up instead of asking the wrong file."""
+    owner = make_cache(max_bytes="1MB")
+    program = """
+import os, sys, threading
+from shmcache import Cache, CacheClosed
+cache = Cache(sys.argv[1], lock_timeout=20)
+def write():
+    try:
+        cache.set("key", "robbed")
+    except CacheClosed:
+        print("gave up")
+waiter = threading.Thread(target=write)
+waiter.start()
+while not cache.stats().lock_waits and not cache.attachment.words[cache.attachment.geometry.region(0).header + 1]:
+    pass
+cache.close()
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+waiter.join()
+"""
+    words = owner.attachment.words
+    lock = owner.attachment.geometry.region(0).header + layout.S_LOCK
+    store(words, lock, owner.attachment.member.owner)
+    try:
+        assert run(program, owner.name) == "gave up\n"
+        assert load(words, lock) == owner.attachment.member.owner
+    finally:
+        store(words, lock, 0)
+    assert "key" not in owner
+
+
+def test_the_size_of_an_entry_fits_its_field() -> None:
+    """However large a shard is, key and value together have less than 4 GiB."""
+    geometry = layout.Geometry.plan(16 << 30, 1000, 1)
+    assert geometry.max_entry_bytes == (1 << 32) - 1

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from shmcache import Cache, ShmcacheError
-from shmcache.engine import layout
+from shmcache import Cache, ShmcacheError, is_compiled
+from shmcache.engine import layout, repair, table
 from shmcache.engine.primitives import load, store
 from tests.conftest import Clock
 
@@ -135,3 +135,50 @@ def test_random_damage_never_does_worse_than_lose_entries(make_cache: Callable[.
         cache.clear()
         cache.set("whole", "again")
         assert cache.get("whole") == "again"
+
+
+def test_two_slots_with_one_run_cost_one_of_them(cache: Cache) -> None:
+    """The entry that keeps the run stays whole; its blocks are not given to anybody else."""
+    words = cache.attachment.words
+    slots = list(words_of(cache, "slots")[:: layout.SLOT_WORDS])
+    used = [at for at in slots if load(words, at + layout.E_PLACE) & 0xFFFF_FFFF]
+    free = [at for at in slots if not load(words, at + layout.E_PLACE) & 0xFFFF_FFFF]
+    for field in (layout.E_HASH, layout.E_SIZES, layout.E_PLACE):
+        store(words, free[0] + field, load(words, used[5] + field))
+    before = contents(cache)
+    assert cache.check() != []
+    assert len(cache.repair()) == 1
+    assert cache.check() == []
+    assert contents(cache) == before
+    for number in range(20):
+        cache.set(f"new{number}", "x" * 100)
+    assert {key: value for key, value in contents(cache).items() if key in before} == before
+
+
+@pytest.mark.skipif(is_compiled(), reason="steps a reader through the sources")
+@pytest.mark.parametrize("how", ["clear", "drop"])
+def test_a_slot_being_emptied_lets_no_reader_begin(
+    make_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """From the moment a slot has its new version on, no reader can take what it led to for the value."""
+    cache = make_cache(max_bytes="2MB", max_entries=64, shards=1)
+    cache.set("key", "value")
+    words = cache.attachment.words
+    [at] = [at for at in words_of(cache, "slots")[:: layout.SLOT_WORDS] if load(words, at + layout.E_PLACE)]
+    module = table if how == "clear" else repair
+    begun_on_even = []
+
+    def watched(view: memoryview, index: int, value: int) -> None:
+        if index == at + layout.E_PLACE and not value & 0xFFFF_FFFF and load(view, index) & 0xFFFF_FFFF:
+            begun_on_even.append(load(view, at + layout.E_VERSION) % 2 == 0)
+        store(view, index, value)
+
+    monkeypatch.setattr(module, "store", watched)
+    if how == "drop":
+        store(words, at + layout.E_HASH, 1)
+        cache.repair()
+    else:
+        cache.clear()
+    monkeypatch.undo()
+    assert begun_on_even == [False]
+    assert "key" not in cache

@@ -102,6 +102,9 @@ class Guard:
         """Exclude all others; False when that took too long, for instance because one of them was stopped just here."""
         deadline = time.monotonic() + GUARD_PATIENCE
         with _own_mutex(_atomic_mutexes).hold():
+            if self.fd < 0:
+                yield False  # closed by another thread
+                return
             try:
                 held = try_lock_byte(self.fd, ATOMIC_BYTE)
                 while not held and time.monotonic() < deadline:
