@@ -426,7 +426,7 @@ def _open_existing(wish: Wish, fd: int, lock_fd: int) -> Attachment:
     if compiled is not is_compiled():
         kinds = ("uncompiled", "compiled")
         raise IncompatibleSegment(
-            f"cache {wish.name!r} was created by a {kinds[compiled]} process and this one is {kinds[not compiled]}: "
+            f"cache {wish.name!r} is used by {kinds[compiled]} processes and this one is {kinds[not compiled]}: "
             f"they lock in different ways. Install shmcache alike everywhere (is SHMCACHE_PURE set?), use another "
             f"name, or, if nobody uses it any more, `shmcache unlink {wish.name}`"
         )
