@@ -53,8 +53,8 @@ class TimeToLive(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # g
         try:
             seconds = float(value)
             ttl_to_ns(seconds)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+        except ValueError:
+            self.fail(f"{value!r} is no number of seconds greater than 0, nor 'none' for no expiry", param, ctx)
         return seconds
 
 
@@ -78,7 +78,8 @@ def parse(argument: str, kind: str, name: str) -> Any:
 
 
 def fail_no_key(key: object, name: str) -> NoReturn:
-    raise click.ClickException(f"cache {name!r} has no key {key!r}")
+    hint = " (a str; --key-type says otherwise)" if isinstance(key, str) and not key.isidentifier() else ""
+    raise click.ClickException(f"cache {name!r} has no key {key!r}{hint}")
 
 
 def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
