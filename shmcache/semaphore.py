@@ -2,7 +2,7 @@
 
 The creator of a cache creates them; others open one when they first have to wait. (Nobody else creates any: glibc does
 that by way of a temporary file, which a process killed at that moment would leave behind.) Nothing depends on a
-semaphore being there: a sleep never lasts longer than a millisecond, so losing a wake-up, or the semaphore, costs no
+semaphore being there: a sleep lasts a millisecond, so losing a wake-up, or the semaphore, costs no
 more than that.
 """
 
