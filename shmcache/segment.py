@@ -242,6 +242,11 @@ def unlink(name: str, timeout: float = 5.0) -> bool:
         if attachment is not None and attachment.is_current():
             with setup_lock(attachment.lock_fd, timeout):
                 _remove_files(name)
+            if attachment.is_current():
+                raise PermissionError(
+                    f"cache {name!r} belongs to uid {os.fstat(attachment.segment_fd).st_uid}, and this process, which "
+                    f"has it from before it became uid {os.geteuid()}, may not unlink it: do so as that user"
+                )
             return True
         try:
             fd = _open_lock_file(name, create=False)

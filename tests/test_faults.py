@@ -166,3 +166,23 @@ def test_the_size_of_an_entry_fits_its_field() -> None:
     """However large a shard is, key and value together have less than 4 GiB."""
     geometry = layout.Geometry.plan(16 << 30, 1000, 1)
     assert geometry.max_entry_bytes == (1 << 32) - 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_who_has_become_another_user_goes_on_but_cannot_unlink(name: str) -> None:
+    """A worker that drops root keeps the cache of its master; that it cannot remove it is said, not passed over."""
+    program = """
+import os, sys
+from shmcache import Cache
+cache = Cache(sys.argv[1], max_bytes="1MB")
+if os.fork() == 0:
+    os.setuid(65534)
+    cache.set("key", "value")
+    try:
+        cache.unlink()
+    except PermissionError as error:
+        print("belongs to uid 0" in str(error), cache.get("key"), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    assert run(program, name) == "True value\n"
