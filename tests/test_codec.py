@@ -799,7 +799,7 @@ NUMPY_SCALARS = [
     np.longdouble(1) / 3,
     np.complex64(1 + 2j),
     np.datetime64("2024-01-01T00:00", "ns"),
-    np.datetime64("NaT"),
+    np.datetime64("NaT", "s"),
     np.timedelta64(3, "D"),
     np.str_("té\0"),
     np.bytes_(b"x\0"),
