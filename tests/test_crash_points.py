@@ -76,6 +76,10 @@ def arm(last: int) -> None:
                 setattr(module, name, stand_in)
 
 
+# Every which store to die before. An odd number, so that both ways of looking afterwards are taken.
+STRIDE = int(os.environ.get("SHMCACHE_CRASH_STRIDE", "1"))
+
+
 def dies(cache: Cache, operation: Operation, last: int) -> bool:
     """Perform an operation in a child that dies before its store number `last`; whether it got that far."""
 
@@ -135,7 +139,7 @@ def crash_everywhere(cache: Cache, operation: Operation, allowed: list[Contents]
         found = {key: value for key, value, _ in entries}
         for key in {key for each in allowed for key, _, _ in each}:
             values.setdefault(key, []).append(found.get(key))
-    for last in itertools.count(1):
+    for last in itertools.count(1, STRIDE):
         before.restore()
         died = dies(cache, operation, last)
         where = f"dead before store {last}"
