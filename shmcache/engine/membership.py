@@ -138,7 +138,11 @@ class Registry:
     def is_alive(self, owner: int) -> bool:
         """Whether the process of this owner id still runs; CacheClosed if our lock file was closed meanwhile."""
         line, generation = owner >> 48, owner & GENERATION_MASK
-        if self.fd < 0 or os.fstat(self.fd).st_ino != load(self.words, H_LOCK_FILE):
+        try:
+            proves = os.fstat(self.fd).st_ino == load(self.words, H_LOCK_FILE)
+        except OSError:
+            proves = False
+        if not proves:  # another file has the number now: its locks say nothing about this cache
             raise CacheClosed("the cache was closed by another thread while this one waited for a lock")
         if line >= self.processes or load(self.words, self.line(line) + P_GENERATION) & GENERATION_MASK != generation:
             return False
