@@ -155,7 +155,9 @@ def tests(session: nox.Session, mode: str) -> None:
     env["SHMCACHE_CRASH_STRIDE"] = "1" if session.python == PYTHONS[0] else "3"
     # Compiled, that test runs the sources in another process, as the uncompiled session does itself.
     repeated = ["--deselect=tests/test_crash_points.py::test_the_sources_at_every_crash_point"]
-    session.run("pytest", *(repeated if mode == "compiled" else []), *session.posargs, env=env)
+    # Most tests wait for processes of their own: a test process for each core takes little more than half the time.
+    spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
+    session.run("pytest", *spread, *(repeated if mode == "compiled" else []), *session.posargs, env=env)
 
 
 @nox.session

@@ -86,3 +86,29 @@ def nothing_left() -> Iterator[None]:
     """No test leaves a segment, a lock file or a semaphore behind."""
     yield
     assert files_left() == []
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def show(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Put a line into the test log, whether or not the test passes: all such lines stand together at its end."""
+
+    def line(text: str) -> None:
+        record_property("figure", text)
+
+    return line
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    figures = [
+        (report.nodeid.partition("::")[2], text)
+        for report in reports
+        if report.when == "call"
+        for what, text in report.user_properties
+        if what == "figure"
+    ]
+    if figures:
+        terminalreporter.section("figures of this machine")
+    for test, text in sorted(figures):
+        terminalreporter.line(f"{test}: {text}")

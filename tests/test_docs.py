@@ -130,13 +130,15 @@ class Runner:
 
     def run_server(self, block: Block, command: list[str]) -> None:
         program, at = BIN / command[0], command.index("127.0.0.1:8000")
-        scheme = {"gunicorn": "unix:", "uwsgi": ""}[command[0]]
+        # uWSGI (2.0.31, with any application) can lose the signal to a worker that is still starting, and kills that
+        # worker when its mercy ends: by default after a minute.
+        scheme, more = {"gunicorn": ("unix:", []), "uwsgi": ("", ["--worker-reload-mercy=3"])}[command[0]]
         if not program.exists():
             self.not_run.append(f"line {block.line} needs {command[0]}")
             return
 
         def with_address(address: str) -> list[str]:
-            return [str(program), *command[1:at], scheme + address, *command[at + 1 :]]
+            return [str(program), *command[1:at], scheme + address, *command[at + 1 :], *more]
 
         with serve(with_address, self.name, self.directory) as server:
             assert server.ask("/")[0] == 200, server.log

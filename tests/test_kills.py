@@ -242,17 +242,6 @@ def value_after_death(cache: Cache, ledger: Ledger, worker: int, key: int) -> in
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def show(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print a line into the test log, whether or not the test passes."""
-
-    def line(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n  {request.node.name}: {text}", end="", flush=True)
-
-    return line
-
-
 def milliseconds(seconds: list[float]) -> str:
     ordered = sorted(seconds)
     p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]

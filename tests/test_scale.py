@@ -18,17 +18,6 @@ GIB = 2**30
 
 
 @pytest.fixture
-def show(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print a line into the test log, whether or not the test passes."""
-
-    def line(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n  {request.node.name}: {text}", end="", flush=True)
-
-    return line
-
-
-@pytest.fixture
 def no_collections() -> Iterator[None]:
     gc.collect()
     gc.disable()
