@@ -27,6 +27,8 @@ COMPILED = (
     "table",
     "eviction",
     "expiry",
+    "transaction",
+    "reader",
     "shard",
     "store",
     "repair",

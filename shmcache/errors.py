@@ -1,4 +1,4 @@
-"""Every exception shmcache raises, and nothing else.
+"""Every exception shmcache raises.
 
 Each class derives from `ShmcacheError` and from the builtin closest in meaning, so callers may catch either.
 A message says what happened, what was expected and what to do.
@@ -48,6 +48,14 @@ class IncompatibleSegment(ShmcacheError, ValueError):
 
 class CorruptSegment(ShmcacheError, ValueError):
     """The contents of the segment contradict themselves."""
+
+
+def contradiction() -> CorruptSegment:
+    """The error of an operation that met contents which cannot be."""
+    return CorruptSegment(
+        "the contents of the cache contradict themselves: `cache.check()` says where, "
+        "`cache.repair()` keeps what can be proved"
+    )
 
 
 class SegmentTooLarge(ShmcacheError, MemoryError):

@@ -13,3 +13,10 @@ cdef class Request:
     cdef bint keep_expiry, has_initial
     cdef int make_room(self, unsigned long long size) except -1
     cdef void release(self)
+    cdef int set_key(self, object key) except -1
+    cdef object found_key(self)
+    cdef int set_value(self, object value, object encode) except -1
+    cdef int set_text(self, str value) except -1
+    cdef int set_bytes(self, bytes value) except -1
+    cdef void set_integer(self, long long value)
+    cdef object value(self, object decode)

@@ -3,15 +3,16 @@ from shmcache.engine.eviction cimport Lru
 from shmcache.engine.expiry cimport Wheel
 from shmcache.engine.lock cimport Lock
 from shmcache.engine.membership cimport Member
+from shmcache.engine.reader cimport Reader
 from shmcache.engine.request cimport Request
 from shmcache.engine.table cimport Table
+from shmcache.engine.transaction cimport Transaction
 
 cdef class Shard:
     cdef unsigned long long[::1] words
     cdef unsigned long long header, log, slots_at, slots
     cdef unsigned long long share, max_entries, max_entry, first_header, stride, shards
     cdef readonly unsigned long long secret0, secret1
-    cdef unsigned long long region_start, region_end
     cdef dict mutexes
     cdef object inspect_locked
     cdef Table table
@@ -20,12 +21,9 @@ cdef class Shard:
     cdef Wheel wheel
     cdef Lock lock
     cdef Member member
+    cdef Transaction transaction
+    cdef Reader reader
     cdef unsigned long long at(self, unsigned long long slot) noexcept
-    # reading without the lock
-    cdef int read(self, Request request, unsigned long long now) except -1
-    cdef int read_once(self, Request request, unsigned long long now) noexcept
-    cdef int copy_value(self, Request request, unsigned long long run) noexcept
-    cdef int read_slot(self, Request request, unsigned long long slot, unsigned long long now) noexcept
     cdef int touch_order(self, Request request) except -1
     cdef void record_hit_locked(self, Request request) noexcept
     # the section
@@ -53,10 +51,6 @@ cdef class Shard:
     cdef int add_locked(self, Request request, unsigned long long found, unsigned long long now) noexcept
     cdef bint number_locked(self, Request request, unsigned long long slot) noexcept
     cdef bint is_full_locked(self) noexcept
-    # transactions
-    cdef void begin_locked(self, unsigned long long slot) noexcept
-    cdef void commit_locked(self, unsigned long long slot) noexcept
-    cdef void log_add(self, unsigned long long field, unsigned long long by) noexcept
     cdef void count_locked(self, unsigned long long field) noexcept
     cdef void peak_locked(self) noexcept
     # emptying and recovery
@@ -64,4 +58,3 @@ cdef class Shard:
     cdef void format_locked(self) noexcept
     cdef bint is_dirty(self) noexcept
     cdef int recover_locked(self) except -1
-    cdef void roll_back_locked(self) noexcept

@@ -1,12 +1,9 @@
-"""One shard, the unit of locking: every operation on its entries, as a reader or as the owner of its lock.
+"""One shard, the unit of locking: every operation on its entries by the owner of its lock.
 
-Readers take no lock. They find the slot, copy, and look at the slot's version again; a miss counts when the shard's
-sequence number, which is odd while a chain loses a slot, did not move. After a few collisions they take the lock.
-
-Writers hold the lock from `enter` to `leave`. Every change is a small transaction: `begin_locked` makes the version of
-the one slot whose contents change odd, all stores go through `logged_store`, and emptying the log is the commit. Names
-ending in `_locked` need the lock. When an owner dies, the next one runs `recover_locked`: it rolls the log back, moves
-versions forward, frees what is in limbo, and the shard stands as before the operation or as after it.
+Readers take no lock (`reader.py`), except after a few collisions. Writers hold it from `enter` to `leave`, and change
+things in small transactions (`transaction.py`), each of one entry. Names ending in `_locked` need the lock. When an
+owner dies, the next one runs `recover_locked`: it rolls back the transaction, frees what is in limbo, and the shard
+stands as before the operation or as after it.
 """
 
 from __future__ import annotations
@@ -27,8 +24,10 @@ if cython.compiled:
     from cython.cimports.shmcache.engine.lock import Lock
     from cython.cimports.shmcache.engine.membership import Member
     from cython.cimports.shmcache.engine.primitives import *
+    from cython.cimports.shmcache.engine.reader import Reader
     from cython.cimports.shmcache.engine.request import Request
     from cython.cimports.shmcache.engine.table import Table
+    from cython.cimports.shmcache.engine.transaction import Transaction
 else:
     from shmcache.engine.blocks import Blocks
     from shmcache.engine.eviction import Lru
@@ -37,8 +36,10 @@ else:
     from shmcache.engine.lock import Lock
     from shmcache.engine.membership import Member
     from shmcache.engine.primitives import *
+    from shmcache.engine.reader import Reader
     from shmcache.engine.request import Request
     from shmcache.engine.table import Table
+    from shmcache.engine.transaction import Transaction
 
 from shmcache.engine.bytelock import Mutex
 from shmcache.engine.layout import Geometry
@@ -65,8 +66,6 @@ class Shard:
         inspect_locked: Callable[[Shard, bool], list[str]],
     ) -> None:
         region = geometry.region(number)
-        self.region_start = region.header
-        self.region_end = region.end
         self.words = words
         self.header = region.header
         self.log = region.log
@@ -87,114 +86,23 @@ class Shard:
         self.order = Lru(words, region.header, region.log, region.slots, geometry.slots)
         self.wheel = Wheel(words, region.header, region.log, region.wheel, region.slots, geometry.slots)
         self.lock = Lock(words, region.header, member, sleeper, guard)
+        self.transaction = Transaction(
+            words, region.header, region.log, region.slots, geometry.slots, (region.header, region.end)
+        )
+        self.reader = Reader(
+            words,
+            region.header,
+            region.slots,
+            geometry.slots,
+            geometry.max_entry_bytes,
+            self.table,
+            self.blocks,
+            member,
+        )
 
     def at(self, slot: cython.ulonglong) -> int:
         """The word index of a slot."""
         return self.slots_at + slot * SLOT_WORDS
-
-    # --- reading without the lock -----------------------------------------------------------------------------------
-    def read(self, request: Request, now: cython.ulonglong) -> int:
-        """Copy the value of the request's key: DONE, ABSENT, or BUSY after too many collisions."""
-        _attempt: cython.int
-        status: cython.int
-        for _attempt in range(READ_ATTEMPTS):
-            status = self.read_once(request, now)
-            if status == NO_ROOM:
-                request.make_room(request.value_size)
-                status = self.read_once(request, now)
-            if status != BUSY and status != NO_ROOM:
-                return status
-            self.member.count(C_READ_RETRIES, 1)
-        return BUSY
-
-    def read_once(self, request: Request, now: cython.ulonglong) -> int:
-        """One attempt: DONE, ABSENT, BUSY after a collision, NO_ROOM when `scratch` is shorter than `value_size`."""
-        sequence: cython.ulonglong = load_acquire(self.words, self.header + S_SEQUENCE)
-        link: cython.ulonglong = load_acquire(self.words, self.table.bucket_of(request.hash))
-        tag: cython.ulonglong = high(request.hash)
-        steps: cython.ulonglong = 0
-        word: cython.ulonglong
-        version: cython.ulonglong
-        sizes: cython.ulonglong
-        run: cython.ulonglong
-        status: cython.int
-        while link and steps <= self.slots:
-            word = self.at(low(link) - 1)
-            if high(link) == tag:
-                version = load_acquire(self.words, word + E_VERSION)
-                if version & 1:
-                    return BUSY
-                if load(self.words, word + E_HASH) == request.hash:
-                    sizes = load(self.words, word + E_SIZES)
-                    run = low(load(self.words, word + E_PLACE))
-                    if (
-                        run
-                        and high(sizes) == (request.key_size | request.key_kind << 16)
-                        and self.blocks.matches(run - 1, request.key, request.key_size)
-                    ):
-                        request.value_size = low(sizes)
-                        request.slot = low(link) - 1
-                        request.version = version
-                        request.expiry = load(self.words, word + E_EXPIRY)
-                        status = DONE
-                        if request.expiry == 0 or request.expiry > now:
-                            status = self.copy_value(request, run - 1)
-                        fence_acquire()
-                        if load(self.words, word + E_VERSION) != version:
-                            return BUSY
-                        if request.expiry and request.expiry <= now:
-                            return ABSENT
-                        return status
-                    # Another key of the same hash, or this key's bytes moved while they were compared.
-                    fence_acquire()
-                    if load(self.words, word + E_VERSION) != version:
-                        return BUSY
-            link = load_acquire(self.words, word + E_CHAIN)
-            steps += 1
-        fence_acquire()
-        if sequence & 1 or load(self.words, self.header + S_SEQUENCE) != sequence:
-            return BUSY
-        return ABSENT
-
-    def copy_value(self, request: Request, run: cython.ulonglong) -> int:
-        """Copy the value behind the key into `scratch`: DONE, or NO_ROOM."""
-        if request.value_size > self.max_entry:
-            return CORRUPT  # or a torn read: the version will tell
-        if request.value_size <= cython.cast(cython.ulonglong, len(request.scratch)):
-            if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
-                return DONE
-            return CORRUPT
-        return NO_ROOM
-
-    def read_slot(self, request: Request, slot: cython.ulonglong, now: cython.ulonglong) -> int:
-        """Copy key and value of whatever a slot holds into `scratch`: DONE, ABSENT, BUSY, NO_ROOM, CORRUPT."""
-        word: cython.ulonglong = self.at(slot)
-        version: cython.ulonglong = load_acquire(self.words, word + E_VERSION)
-        run: cython.ulonglong = low(load(self.words, word + E_PLACE))
-        sizes: cython.ulonglong = load(self.words, word + E_SIZES)
-        size: cython.ulonglong
-        status: cython.int = DONE
-        request.expiry = load(self.words, word + E_EXPIRY)
-        if version & 1:
-            return BUSY
-        if not run or (request.expiry and request.expiry <= now):
-            return ABSENT
-        request.key_size = high(sizes) & 0xFFFF
-        request.key_kind = high(sizes) >> 16
-        request.value_size = low(sizes)
-        request.version = version
-        request.slot = slot
-        size = request.key_size + request.value_size
-        if size > self.max_entry:
-            status = CORRUPT
-        elif size > cython.cast(cython.ulonglong, len(request.scratch)):
-            status = NO_ROOM
-        elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
-            status = CORRUPT
-        fence_acquire()
-        if load(self.words, word + E_VERSION) != version:
-            return BUSY
-        return status
 
     def touch_order(self, request: Request) -> int:
         """Record a hit in the eviction order, unless somebody else has the lock: recency is not worth waiting for."""
@@ -217,7 +125,7 @@ class Shard:
             load(self.words, self.at(request.slot) + E_PLACE)
         ):
             self.order.on_hit(request.slot)
-            store_release(self.words, self.log + L_USED, 0)
+            self.transaction.commit_order()
 
     # --- the section ------------------------------------------------------------------------------------------------
     def run(
@@ -323,7 +231,7 @@ class Shard:
         if op == OP_EVICT:
             return DONE if self.evict_locked(now) else ABSENT
         if op == OP_READ:
-            status = self.read_once(request, now)
+            status = self.reader.read_once(request, now)
             if status == DONE:
                 self.record_hit_locked(request)
             return status
@@ -383,7 +291,7 @@ class Shard:
             return TOO_LARGE
         if found:
             self.order.on_hit(found - 1)  # the entry being replaced shall be the last to be evicted for it
-            store_release(self.words, self.log + L_USED, 0)
+            self.transaction.commit_order()
         else:
             while self.is_full_locked():
                 entries = load(self.words, self.header + S_ENTRIES)
@@ -428,7 +336,7 @@ class Shard:
             return CORRUPT
         slot -= 1
         word = self.at(slot)
-        self.begin_locked(slot)
+        self.transaction.begin(slot)
         self.table.take_free()
         logged_store(self.words, self.log, word + E_HASH, request.hash)
         logged_store(self.words, self.log, word + E_EXPIRY, request.expiry)
@@ -438,9 +346,9 @@ class Shard:
         self.order.on_insert(slot)
         if request.expiry:
             self.wheel.on_insert(slot)
-        self.log_add(S_ENTRIES, 1)
-        self.log_add(S_USED_BYTES, request.key_size + request.head_size + request.body_size)
-        self.commit_locked(slot)
+        self.transaction.add(S_ENTRIES, 1)
+        self.transaction.add(S_USED_BYTES, request.key_size + request.head_size + request.body_size)
+        self.transaction.commit(slot)
         self.peak_locked()
         return DONE
 
@@ -449,22 +357,22 @@ class Shard:
         word: cython.ulonglong = self.at(slot)
         before: cython.ulonglong = low(load(self.words, word + E_PLACE))
         size: cython.ulonglong = request.key_size + low(load(self.words, word + E_SIZES))
-        self.begin_locked(slot)
+        self.transaction.begin(slot)
         if not request.keep_expiry:
             self.set_expiry(request, slot)
         self.fill_slot(request, slot)
         logged_store(self.words, self.log, self.header + S_LIMBO, before)
-        self.log_add(S_USED_BYTES, wrap(request.key_size + request.head_size + request.body_size - size))
-        self.commit_locked(slot)
+        self.transaction.add(S_USED_BYTES, wrap(request.key_size + request.head_size + request.body_size - size))
+        self.transaction.commit(slot)
         self.peak_locked()
         return DONE if self.blocks.drain() else CORRUPT
 
     def touch_locked(self, request: Request, slot: cython.ulonglong) -> int:
         """Give the slot the request's expiry."""
-        self.begin_locked(slot)
+        self.transaction.begin(slot)
         self.set_expiry(request, slot)
         self.order.on_hit(slot)
-        self.commit_locked(slot)
+        self.transaction.commit(slot)
         return DONE
 
     def set_expiry(self, request: Request, slot: cython.ulonglong) -> None:
@@ -495,18 +403,18 @@ class Shard:
         if slot >= self.slots:
             return CORRUPT
         store(self.words, self.header + S_SEQUENCE, sequence | 1)
-        self.begin_locked(slot)
+        self.transaction.begin(slot)
         if not self.table.unlink(slot):
-            self.roll_back_locked()
+            self.transaction.roll_back()
             return CORRUPT
         self.order.on_remove(slot)
         if load(self.words, word + E_EXPIRY):
             self.wheel.on_remove(slot)
         logged_store(self.words, self.log, self.header + S_LIMBO, low(load(self.words, word + E_PLACE)))
         self.table.give_free(slot)
-        self.log_add(S_ENTRIES, wrap(-1))
-        self.log_add(S_USED_BYTES, wrap(0 - (high(sizes) & 0xFFFF) - low(sizes)))
-        self.commit_locked(slot)
+        self.transaction.add(S_ENTRIES, wrap(-1))
+        self.transaction.add(S_USED_BYTES, wrap(0 - (high(sizes) & 0xFFFF) - low(sizes)))
+        self.transaction.commit(slot)
         store_release(self.words, self.header + S_SEQUENCE, (sequence | 1) + 1)
         return DONE if self.blocks.drain() else CORRUPT
 
@@ -614,26 +522,6 @@ class Shard:
             total += load(self.words, self.first_header + shard * self.stride + S_ENTRIES)
         return total >= self.max_entries
 
-    # --- transactions -----------------------------------------------------------------------------------------------
-    def begin_locked(self, slot: cython.ulonglong) -> None:
-        """Announce that the contents of a slot change: readers of it wait, recovery knows which."""
-        stamp: cython.ulonglong = load(self.words, self.header + S_STAMP) + 2
-        store(self.words, self.header + S_STAMP, stamp)
-        store(self.words, self.header + S_SUBJECT, slot + 1)
-        store(self.words, self.at(slot) + E_VERSION, stamp - 1)
-        fence_release()
-
-    def commit_locked(self, slot: cython.ulonglong) -> None:
-        """Empty the log, which makes the transaction true, and only then let readers see it."""
-        store_release(self.words, self.log + L_USED, 0)
-        store_release(self.words, self.at(slot) + E_VERSION, load(self.words, self.header + S_STAMP))
-        store(self.words, self.header + S_SUBJECT, 0)
-
-    def log_add(self, field: cython.ulonglong, by: cython.ulonglong) -> None:
-        """Add to a word of the header, as part of the transaction."""
-        word: cython.ulonglong = self.header + field
-        logged_store(self.words, self.log, word, wrap(load(self.words, word) + by))
-
     def count_locked(self, field: cython.ulonglong) -> None:
         """Count something in the header; a statistic, not part of the transaction."""
         word: cython.ulonglong = self.header + field
@@ -692,7 +580,7 @@ class Shard:
         """Undo what a dead owner began and finish what it had committed. May die itself: the next one starts over."""
         state: cython.ulonglong = load(self.words, self.header + S_STATE)
         if state == STATE_READY:
-            self.roll_back_locked()
+            self.transaction.roll_back()
             if not self.blocks.drain():
                 store(
                     self.words, self.header + S_LIMBO, 0
@@ -702,27 +590,3 @@ class Shard:
         else:
             self.inspect_locked(self, True)
         return 0
-
-    def roll_back_locked(self) -> None:
-        """Put the old values back, newest first, and move the versions that readers may have seen forward."""
-        used: cython.ulonglong = load(self.words, self.log + L_USED)
-        subject: cython.ulonglong
-        entry: cython.ulonglong
-        word: cython.ulonglong
-        stamp: cython.ulonglong
-        if used > LOG_ENTRIES:
-            used = LOG_ENTRIES
-        while used:
-            used -= 1
-            entry = self.log + L_ENTRIES + 2 * used
-            word = load(self.words, entry)
-            if self.region_start <= word < self.region_end:
-                store(self.words, word, load(self.words, entry + 1))
-        store_release(self.words, self.log + L_USED, 0)
-        subject = load(self.words, self.header + S_SUBJECT)
-        if subject and subject <= self.slots:
-            stamp = load(self.words, self.header + S_STAMP) + 2
-            store(self.words, self.header + S_STAMP, stamp)
-            store_release(self.words, self.at(subject - 1) + E_VERSION, stamp)
-        store(self.words, self.header + S_SUBJECT, 0)
-        store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)

@@ -20,14 +20,7 @@ cdef class Store:
     cdef Shard shard_of(self, Request request)
     cdef Shard shard_at(self, unsigned long long number)
     cdef object closed(self)
-    cdef int set_key(self, Request request, object key) except -1
-    cdef int set_value(self, Request request, object value) except -1
-    cdef int set_text(self, Request request, str value) except -1
-    cdef int set_bytes(self, Request request, bytes value) except -1
-    cdef void set_integer(self, Request request, long long value)
     cdef int set_ttl(self, Request request, object ttl, unsigned long long now) except -1
-    cdef object value_of(self, Request request)
-    cdef object key_of(self, Request request)
     cdef int find(self, Request request, object key) except -1
     cdef int change(self, Request request, int op, unsigned long long now) except -1
     cdef int read_locked(self, Request request, Shard shard, unsigned long long now) except -1

@@ -2,8 +2,9 @@
 # The list of shards is empty once another thread has closed the cache, so here indexes of lists are checked.
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
-Here keys and scalars become bytes, the clock is read, the shard is chosen and hits are counted; `shard.py` does the
-rest. A `get` goes: `now`, `set_key`, `Shard.read`, `value_of`.
+Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
+back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Request.set_key`, `Reader.read`,
+`Request.value`.
 """
 
 from __future__ import annotations
@@ -29,15 +30,7 @@ else:
     from shmcache.engine.request import Request
     from shmcache.engine.shard import Shard
 
-from shmcache.codec import decode_key, encode_key
-from shmcache.errors import (
-    CacheClosed,
-    CorruptSegment,
-    KeyTooLarge,
-    LockTimeout,
-    SerializationError,
-    ValueTooLarge,
-)
+from shmcache.errors import CacheClosed, LockTimeout, SerializationError, ValueTooLarge, contradiction
 
 __all__ = ["DEFAULT", "Default", "Store", "is_compiled", "ttl_to_ns"]
 
@@ -134,7 +127,7 @@ class Store:
         """The value of `key`, or `default` if it is missing or expired. A stored None is a hit."""
         request: Request = self.take()
         if self.find(request, key):
-            default = self.value_of(request)
+            default = request.value(self.decode_value)
         self.give(request)
         return default
 
@@ -143,7 +136,7 @@ class Store:
         request: Request = self.take()
         answer: tuple[Any, int | None] = (default, None)
         if self.find(request, key):
-            answer = (self.value_of(request), request.version)
+            answer = (request.value(self.decode_value), request.version)
         self.give(request)
         return answer
 
@@ -153,7 +146,7 @@ class Store:
         found = {}
         for key in _several(keys):
             if self.find(request, key):
-                found[key] = self.value_of(request)
+                found[key] = request.value(self.decode_value)
         self.give(request)
         return found
 
@@ -168,7 +161,7 @@ class Store:
         if not self.find(request, key):
             self.give(request)
             raise KeyError(key)
-        value = self.value_of(request)
+        value = request.value(self.decode_value)
         self.give(request)
         return value
 
@@ -218,7 +211,7 @@ class Store:
         """Remove `key`; whether it was present."""
         request: Request = self.take()
         now: cython.ulonglong = self.now()
-        self.set_key(request, key)
+        request.set_key(key)
         deleted: cython.bint = self.change(request, OP_DELETE, now) == DONE
         if deleted:
             self.member.count(C_DELETES, 1)
@@ -234,7 +227,7 @@ class Store:
         request: Request = self.take()
         now: cython.ulonglong
         while self.find(request, key):
-            value = self.value_of(request)
+            value = request.value(self.decode_value)
             now = self.now()
             if self.change(request, OP_DELETE_VERSION, now) == DONE:
                 self.member.count(C_DELETES, 1)
@@ -249,7 +242,7 @@ class Store:
         """Give `key` a new time to live, counted from now; whether it was present. Its version becomes another."""
         request: Request = self.take()
         now: cython.ulonglong = self.now()
-        self.set_key(request, key)
+        request.set_key(key)
         self.set_ttl(request, ttl, now)
         touched: cython.bint = self.change(request, OP_TOUCH, now) == DONE
         self.give(request)
@@ -264,7 +257,7 @@ class Store:
         request: Request = self.take()
         now: cython.ulonglong = self.now()
         status: cython.int
-        self.set_key(request, key)
+        request.set_key(key)
         self.set_ttl(request, ttl, now)
         self.set_step(request, delta, initial)
         status = self.change(request, OP_INCR, now)
@@ -331,13 +324,13 @@ class Store:
         """A request of its own for `_run_all`."""
         request: Request = Request()
         request.op = op
-        self.set_key(request, key)
+        request.set_key(key)
         if op == OP_INCR:
             delta, initial = value
             self.set_step(request, delta, initial)
         elif op <= OP_CAS:
             try:
-                self.set_value(request, value)
+                request.set_value(value, self.encode_value)
             except SerializationError as error:
                 raise SerializationError(f"the value for the key {key!r}: {error}") from error
         if op <= OP_CAS or op == OP_TOUCH:
@@ -379,7 +372,7 @@ class Store:
                 result = self.failure(request.status)
             elif request.op == OP_READ:
                 if request.status == DONE:
-                    result = self.value_of(request)
+                    result = request.value(self.decode_value)
                 self.member.count(C_HITS if request.status == DONE else C_MISSES, 1)
             elif request.op == OP_INCR:
                 result = request.number if request.status == DONE else self.incr_error(operation[1], request.status)
@@ -449,16 +442,16 @@ class Store:
             tries = 0
             status = BUSY
             while status == BUSY and tries < 1000:
-                status = shard.read_slot(request, place % slots, now)
+                status = shard.reader.read_slot(request, place % slots, now)
                 if status == NO_ROOM:
                     request.make_room(request.key_size + request.value_size)
                     status = BUSY
                 tries += 1
             if status == DONE:
-                key = self.key_of(request)
+                key = request.found_key()
                 if values:
                     copy(request.scratch, 0, request.scratch, request.key_size, request.value_size)
-                    entries.append((key, self.value_of(request)))
+                    entries.append((key, request.value(self.decode_value)))
                 else:
                     entries.append((key, None))
             place += 1
@@ -469,11 +462,11 @@ class Store:
         """(version, ns left or 0, key bytes, value bytes, shard), without counting a hit."""
         now: cython.ulonglong = self.now()
         request: Request = self.take()
-        self.set_key(request, key)
+        request.set_key(key)
         shard: Shard = self.shard_of(request)
         number = self.shards.index(shard)
         answer = None
-        if shard.read(request, now) == DONE:
+        if shard.reader.read(request, now) == DONE:
             left = request.expiry - now if request.expiry else 0
             answer = (request.version, left, request.key_size, request.value_size, number)
         self.give(request)
@@ -538,9 +531,9 @@ class Store:
         """Look `key` up and count it: 1 with a copy of the value in the request, or 0."""
         now: cython.ulonglong = self.now()
         request.now = now
-        self.set_key(request, key)
+        request.set_key(key)
         shard: Shard = self.shard_of(request)
-        status: cython.int = shard.read(request, now)
+        status: cython.int = shard.reader.read(request, now)
         if status == BUSY:
             status = self.read_locked(request, shard, now)
         if status == DONE:
@@ -570,8 +563,8 @@ class Store:
         request: Request = self.take()
         now: cython.ulonglong = self.now()
         status: cython.int
-        self.set_key(request, key)
-        self.set_value(request, value)
+        request.set_key(key)
+        request.set_value(value, self.encode_value)
         self.set_ttl(request, ttl, now)
         request.version = version
         status = self.change(request, op, now)
@@ -633,165 +626,8 @@ class Store:
                 f"larger max_bytes or fewer shards"
             )
         if status == CORRUPT:
-            return CorruptSegment(
-                "the contents of the cache contradict themselves: `cache.check()` says where, "
-                "`cache.repair()` keeps what can be proved"
-            )
+            return contradiction()
         return None
-
-    # --- keys -------------------------------------------------------------------------------------------------------
-    def set_key(self, request: Request, key: object) -> int:
-        """Fill in the key's bytes; a kind tells str, bytes and everything else apart."""
-        if type(key) is str:
-            try:
-                request.key_size = text_size(key)
-            except UnicodeEncodeError as error:
-                raise SerializationError(f"the key {key!r} has no UTF-8 form ({error.reason}): use bytes") from None
-            request.key = text_pointer(key)
-            request.key_kind = KEY_TEXT
-            request.key_object = key
-        elif type(key) is bytes:
-            request.key_size = bytes_size(key)
-            request.key = bytes_pointer(key)
-            request.key_kind = KEY_BYTES
-            request.key_object = key
-        elif type(key) is int and is_long_long(key):
-            request.key_size = write_number(request.small, 0, 0xD3, wrap(cython.cast(cython.longlong, key)), 8)
-            request.key = pointer(request.small, 0, request.key_size)
-            request.key_kind = KEY_PACKED
-        else:
-            packed: bytes = encode_key(key)
-            request.key_size = bytes_size(packed)
-            request.key = bytes_pointer(packed)
-            request.key_kind = KEY_PACKED
-            request.key_object = packed
-        if request.key_size > MAX_KEY_BYTES:
-            raise KeyTooLarge(f"a key has at most {MAX_KEY_BYTES:,} bytes, this one has {request.key_size:,}: hash it")
-        return 0
-
-    def key_of(self, request: Request) -> object:
-        """The key at the beginning of `scratch`."""
-        if request.key_kind == KEY_TEXT:
-            text = make_text(request.scratch, 0, request.key_size)
-            if text is None:
-                self.raise_for(CORRUPT)
-            return text
-        if request.key_kind == KEY_PACKED and request.key_size == 9 and read_number(request.scratch, 0, 1) == 0xD3:
-            return as_signed(read_number(request.scratch, 1, 8))
-        data = make_bytes(request.scratch, 0, request.key_size)
-        return data if request.key_kind == KEY_BYTES else decode_key(data)
-
-    # --- values: msgpack, scalars here and everything else in codec.py ----------------------------------------------
-    def set_value(self, request: Request, value: Any) -> int:
-        """Fill in the value's head and body."""
-        request.body_size = 0
-        request.keep_expiry = False
-        kind = type(value)
-        if kind is str:
-            self.set_text(request, value)
-        elif kind is bytes:
-            self.set_bytes(request, value)
-        elif kind is int and is_long_long(value):
-            self.set_integer(request, value)
-        elif kind is float:
-            request.head_size = write_number(request.small, HEAD_AT, 0xCB, float_bits(value), 8)
-        elif value is None:
-            request.head_size = write_number(request.small, HEAD_AT, 0xC0, 0, 0)
-        elif kind is bool:
-            request.head_size = write_number(request.small, HEAD_AT, 0xC3 if value else 0xC2, 0, 0)
-        else:
-            packed: bytes = self.encode_value(value)
-            request.body_object = packed
-            request.body = bytes_pointer(packed)
-            request.body_size = bytes_size(packed)
-            request.head_size = 0
-        return 0
-
-    def set_text(self, request: Request, value: str) -> int:
-        size: cython.ulonglong
-        try:
-            size = text_size(value)
-        except UnicodeEncodeError as error:
-            raise SerializationError(
-                f"the value is a str without a UTF-8 form ({error.reason} at position {error.start}): store bytes"
-            ) from None
-        request.body_object = value
-        request.body = text_pointer(value)
-        request.body_size = size
-        if size < 32:
-            request.head_size = write_number(request.small, HEAD_AT, 0xA0 | size, 0, 0)
-        elif size < 0x100:
-            request.head_size = write_number(request.small, HEAD_AT, 0xD9, size, 1)
-        elif size < 0x10000:
-            request.head_size = write_number(request.small, HEAD_AT, 0xDA, size, 2)
-        else:
-            request.head_size = write_number(request.small, HEAD_AT, 0xDB, _below_4_gib(size), 4)
-        return 0
-
-    def set_bytes(self, request: Request, value: bytes) -> int:
-        size: cython.ulonglong = bytes_size(value)
-        request.body_object = value
-        request.body = bytes_pointer(value)
-        request.body_size = size
-        if size < 0x100:
-            request.head_size = write_number(request.small, HEAD_AT, 0xC4, size, 1)
-        elif size < 0x10000:
-            request.head_size = write_number(request.small, HEAD_AT, 0xC5, size, 2)
-        else:
-            request.head_size = write_number(request.small, HEAD_AT, 0xC6, _below_4_gib(size), 4)
-        return 0
-
-    def set_integer(self, request: Request, value: cython.longlong) -> None:
-        if -32 <= value < 128:
-            request.head_size = write_number(request.small, HEAD_AT, value & 0xFF, 0, 0)
-        elif -0x80 <= value < 0x80:
-            request.head_size = write_number(request.small, HEAD_AT, 0xD0, wrap(value), 1)
-        elif -0x8000 <= value < 0x8000:
-            request.head_size = write_number(request.small, HEAD_AT, 0xD1, wrap(value), 2)
-        elif -0x8000_0000 <= value < 0x8000_0000:
-            request.head_size = write_number(request.small, HEAD_AT, 0xD2, wrap(value), 4)
-        else:
-            request.head_size = write_number(request.small, HEAD_AT, 0xD3, wrap(value), 8)
-
-    def value_of(self, request: Request) -> object:
-        """The value whose copy the request has; what is not well-formed is left to codec.py to refuse."""
-        size: cython.ulonglong = request.value_size
-        mark: cython.ulonglong
-        number: cython.longlong
-        width: cython.ulonglong
-        mark = read_number(request.scratch, 0, 1)
-        text: object
-        if 0xA0 <= mark < 0xC0 and size == 1 + (mark & 31):
-            text = make_text(request.scratch, 1, size - 1)
-            if text is not None:
-                return text
-        elif 0xD9 <= mark <= 0xDB:
-            width = 1 << (mark - 0xD9)
-            if size == 1 + width + read_number(request.scratch, 1, width):
-                text = make_text(request.scratch, 1 + width, size - 1 - width)
-                if text is not None:
-                    return text
-        elif 0xC4 <= mark <= 0xC6:
-            width = 1 << (mark - 0xC4)
-            if size == 1 + width + read_number(request.scratch, 1, width):
-                return make_bytes(request.scratch, 1 + width, size - 1 - width)
-        elif size == 1:
-            if mark < 0x80:
-                return mark
-            if mark >= 0xE0:
-                return as_signed(wrap(mark - 256))
-            if mark == 0xC0:
-                return None
-            if mark == 0xC2 or mark == 0xC3:
-                return mark == 0xC3
-        elif mark == 0xCB and size == 9:
-            return bits_float(read_number(request.scratch, 1, 8))
-        elif 0xD0 <= mark <= 0xD3 and size == 1 + (1 << (mark - 0xD0)):
-            width = 64 - 8 * (size - 1)
-            number = as_signed(wrap(read_number(request.scratch, 1, size - 1) << width))
-            number >>= width  # copies the sign downwards
-            return number
-        return self.decode_value(make_bytes(request.scratch, 0, size))
 
     def set_ttl(self, request: Request, ttl: object, now: cython.ulonglong) -> int:
         """Fill in when the entry expires."""
@@ -818,9 +654,3 @@ def _integer(number: object, name: str) -> int:
     if not is_long_long(number):
         raise OverflowError(f"{name}={number!r} does not fit 64 signed bits")
     return number
-
-
-def _below_4_gib(size: int) -> int:
-    if size >> 32:
-        raise ValueTooLarge(f"a value has less than 4 GiB, this one has {size:,} bytes: split it")
-    return size

@@ -1,0 +1,16 @@
+from shmcache.engine.blocks cimport Blocks
+from shmcache.engine.membership cimport Member
+from shmcache.engine.request cimport Request
+from shmcache.engine.table cimport Table
+
+cdef class Reader:
+    cdef unsigned long long[::1] words
+    cdef unsigned long long header, slots_at, slots, max_entry
+    cdef Table table
+    cdef Blocks blocks
+    cdef Member member
+    cdef unsigned long long at(self, unsigned long long slot) noexcept
+    cdef int read(self, Request request, unsigned long long now) except -1
+    cdef int read_once(self, Request request, unsigned long long now) noexcept
+    cdef int copy_value(self, Request request, unsigned long long run) noexcept
+    cdef int read_slot(self, Request request, unsigned long long slot, unsigned long long now) noexcept

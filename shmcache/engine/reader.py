@@ -1,0 +1,162 @@
+"""Reading without a lock: find a slot, copy, and look at the slot's version again.
+
+A version is odd while the slot's contents change, and another one afterwards. A miss counts only when the shard's
+sequence number, which is odd while a chain loses a slot, did not move during the search.
+"""
+
+from __future__ import annotations
+
+try:
+    import cython
+except ModuleNotFoundError:
+    from shmcache.engine import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache.engine.blocks import Blocks
+    from cython.cimports.shmcache.engine.layout import *
+    from cython.cimports.shmcache.engine.membership import Member
+    from cython.cimports.shmcache.engine.primitives import *
+    from cython.cimports.shmcache.engine.request import Request
+    from cython.cimports.shmcache.engine.table import Table
+else:
+    from shmcache.engine.blocks import Blocks
+    from shmcache.engine.layout import *
+    from shmcache.engine.membership import Member
+    from shmcache.engine.primitives import *
+    from shmcache.engine.request import Request
+    from shmcache.engine.table import Table
+
+__all__ = ["Reader"]
+
+
+@cython.final
+@cython.cclass
+class Reader:
+    """Reads the entries of one shard."""
+
+    def __init__(
+        self,
+        words: memoryview,
+        header: int,
+        slots_at: int,
+        slots: int,
+        max_entry: int,
+        table: Table,
+        blocks: Blocks,
+        member: Member,
+    ) -> None:
+        self.words = words
+        self.header = header
+        self.slots_at = slots_at
+        self.slots = slots
+        self.max_entry = max_entry
+        self.table = table
+        self.blocks = blocks
+        self.member = member
+
+    def at(self, slot: cython.ulonglong) -> int:
+        """The word index of a slot."""
+        return self.slots_at + slot * SLOT_WORDS
+
+    def read(self, request: Request, now: cython.ulonglong) -> int:
+        """Copy the value of the request's key: DONE, ABSENT, or BUSY after too many collisions."""
+        _attempt: cython.int
+        status: cython.int
+        for _attempt in range(READ_ATTEMPTS):
+            status = self.read_once(request, now)
+            if status == NO_ROOM:
+                request.make_room(request.value_size)
+                status = self.read_once(request, now)
+            if status != BUSY and status != NO_ROOM:
+                return status
+            self.member.count(C_READ_RETRIES, 1)
+        return BUSY
+
+    def read_once(self, request: Request, now: cython.ulonglong) -> int:
+        """One attempt: DONE, ABSENT, BUSY after a collision, NO_ROOM when `scratch` is shorter than `value_size`."""
+        sequence: cython.ulonglong = load_acquire(self.words, self.header + S_SEQUENCE)
+        link: cython.ulonglong = load_acquire(self.words, self.table.bucket_of(request.hash))
+        tag: cython.ulonglong = high(request.hash)
+        steps: cython.ulonglong = 0
+        word: cython.ulonglong
+        version: cython.ulonglong
+        sizes: cython.ulonglong
+        run: cython.ulonglong
+        status: cython.int
+        while link and steps <= self.slots:
+            word = self.at(low(link) - 1)
+            if high(link) == tag:
+                version = load_acquire(self.words, word + E_VERSION)
+                if version & 1:
+                    return BUSY
+                if load(self.words, word + E_HASH) == request.hash:
+                    sizes = load(self.words, word + E_SIZES)
+                    run = low(load(self.words, word + E_PLACE))
+                    if (
+                        run
+                        and high(sizes) == (request.key_size | request.key_kind << 16)
+                        and self.blocks.matches(run - 1, request.key, request.key_size)
+                    ):
+                        request.value_size = low(sizes)
+                        request.slot = low(link) - 1
+                        request.version = version
+                        request.expiry = load(self.words, word + E_EXPIRY)
+                        status = DONE
+                        if request.expiry == 0 or request.expiry > now:
+                            status = self.copy_value(request, run - 1)
+                        fence_acquire()
+                        if load(self.words, word + E_VERSION) != version:
+                            return BUSY
+                        if request.expiry and request.expiry <= now:
+                            return ABSENT
+                        return status
+                    # Another key of the same hash, or this key's bytes moved while they were compared.
+                    fence_acquire()
+                    if load(self.words, word + E_VERSION) != version:
+                        return BUSY
+            link = load_acquire(self.words, word + E_CHAIN)
+            steps += 1
+        fence_acquire()
+        if sequence & 1 or load(self.words, self.header + S_SEQUENCE) != sequence:
+            return BUSY
+        return ABSENT
+
+    def copy_value(self, request: Request, run: cython.ulonglong) -> int:
+        """Copy the value behind the key into `scratch`: DONE, or NO_ROOM."""
+        if request.value_size > self.max_entry:
+            return CORRUPT  # or a torn read: the version will tell
+        if request.value_size <= cython.cast(cython.ulonglong, len(request.scratch)):
+            if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
+                return DONE
+            return CORRUPT
+        return NO_ROOM
+
+    def read_slot(self, request: Request, slot: cython.ulonglong, now: cython.ulonglong) -> int:
+        """Copy key and value of whatever a slot holds into `scratch`: DONE, ABSENT, BUSY, NO_ROOM, CORRUPT."""
+        word: cython.ulonglong = self.at(slot)
+        version: cython.ulonglong = load_acquire(self.words, word + E_VERSION)
+        run: cython.ulonglong = low(load(self.words, word + E_PLACE))
+        sizes: cython.ulonglong = load(self.words, word + E_SIZES)
+        size: cython.ulonglong
+        status: cython.int = DONE
+        request.expiry = load(self.words, word + E_EXPIRY)
+        if version & 1:
+            return BUSY
+        if not run or (request.expiry and request.expiry <= now):
+            return ABSENT
+        request.key_size = high(sizes) & 0xFFFF
+        request.key_kind = high(sizes) >> 16
+        request.value_size = low(sizes)
+        request.version = version
+        request.slot = slot
+        size = request.key_size + request.value_size
+        if size > self.max_entry:
+            status = CORRUPT
+        elif size > cython.cast(cython.ulonglong, len(request.scratch)):
+            status = NO_ROOM
+        elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
+            status = CORRUPT
+        fence_acquire()
+        if load(self.words, word + E_VERSION) != version:
+            return BUSY
+        return status

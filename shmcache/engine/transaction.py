@@ -1,0 +1,89 @@
+"""Changes of one shard that happen wholly or not at all, whenever their author dies.
+
+`begin` makes the version of the one slot whose contents change odd, every store goes through `logged_store`, which
+first writes down what was there before, and emptying the log is the commit. Whoever gets the lock of a dead owner finds
+the log as it was left and calls `roll_back`. All of it needs the shard's lock.
+"""
+
+from __future__ import annotations
+
+try:
+    import cython
+except ModuleNotFoundError:
+    from shmcache.engine import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache.engine.layout import *
+    from cython.cimports.shmcache.engine.primitives import *
+else:
+    from shmcache.engine.layout import *
+    from shmcache.engine.primitives import *
+
+__all__ = ["Transaction"]
+
+
+@cython.final
+@cython.cclass
+class Transaction:
+    """The transactions of one shard, one after the other."""
+
+    def __init__(
+        self, words: memoryview, header: int, log: int, slots_at: int, slots: int, region: tuple[int, int]
+    ) -> None:
+        self.words = words
+        self.header = header
+        self.log = log
+        self.slots_at = slots_at
+        self.slots = slots
+        self.region_start, self.region_end = region
+
+    def at(self, slot: cython.ulonglong) -> int:
+        """The word index of a slot."""
+        return self.slots_at + slot * SLOT_WORDS
+
+    def begin(self, slot: cython.ulonglong) -> None:
+        """Announce that the contents of a slot change: readers of it wait, recovery knows which."""
+        stamp: cython.ulonglong = load(self.words, self.header + S_STAMP) + 2
+        store(self.words, self.header + S_STAMP, stamp)
+        store(self.words, self.header + S_SUBJECT, slot + 1)
+        store(self.words, self.at(slot) + E_VERSION, stamp - 1)
+        fence_release()
+
+    def commit(self, slot: cython.ulonglong) -> None:
+        """Empty the log, which makes the transaction true, and only then let readers see it."""
+        store_release(self.words, self.log + L_USED, 0)
+        store_release(self.words, self.at(slot) + E_VERSION, load(self.words, self.header + S_STAMP))
+        store(self.words, self.header + S_SUBJECT, 0)
+
+    def commit_order(self) -> None:
+        """Commit a change of the eviction order alone: no reader looks at it, so no version guards it."""
+        store_release(self.words, self.log + L_USED, 0)
+
+    def add(self, field: cython.ulonglong, by: cython.ulonglong) -> None:
+        """Add to a word of the header, as part of the transaction."""
+        word: cython.ulonglong = self.header + field
+        logged_store(self.words, self.log, word, wrap(load(self.words, word) + by))
+
+    def roll_back(self) -> None:
+        """Put the old values back, newest first, and move the versions that readers may have seen forward."""
+        used: cython.ulonglong = load(self.words, self.log + L_USED)
+        subject: cython.ulonglong
+        entry: cython.ulonglong
+        word: cython.ulonglong
+        stamp: cython.ulonglong
+        if used > LOG_ENTRIES:
+            used = LOG_ENTRIES
+        while used:
+            used -= 1
+            entry = self.log + L_ENTRIES + 2 * used
+            word = load(self.words, entry)
+            if self.region_start <= word < self.region_end:
+                store(self.words, word, load(self.words, entry + 1))
+        store_release(self.words, self.log + L_USED, 0)
+        subject = load(self.words, self.header + S_SUBJECT)
+        if subject and subject <= self.slots:
+            stamp = load(self.words, self.header + S_STAMP) + 2
+            store(self.words, self.header + S_STAMP, stamp)
+            store_release(self.words, self.at(subject - 1) + E_VERSION, stamp)
+        store(self.words, self.header + S_SUBJECT, 0)
+        store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
