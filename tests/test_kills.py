@@ -29,7 +29,8 @@ WORKERS = 3
 KEYS = 24  # of each worker
 COUNTERS = 4  # how many of these are numbers for `incr`
 LARGEST = 64 * 1024 if COMPILED else 4096
-LONGEST_STALL = 1.0  # seconds; 50 ms are the aim, and the rest is room for a busy machine. The figures are printed.
+STALL = 0.05  # seconds after a kill within which the others work on: 99 of 100 times, the rest is the machine's
+LONGEST_STALL = 1.0  # seconds, always
 LONGEST_WAIT = 0.003 if COMPILED else 0.02  # seconds between two kills
 GONE = object()
 
@@ -319,6 +320,8 @@ def test_no_kill_loses_a_committed_entry(
         f"\n    the other workers' longest operation, per kill: {milliseconds(operations)}"
     )
     assert max(survivors) < LONGEST_STALL
+    if COMPILED:
+        assert sorted(survivors)[len(survivors) * 99 // 100] < STALL
 
 
 def one_key_of_each_shard(cache: Cache) -> list[str]:
