@@ -27,7 +27,7 @@ COMPILED = (
     "table",
     "eviction",
     "expiry",
-    "transaction",
+    "journal",
     "reader",
     "shard",
     "store",

@@ -6,7 +6,7 @@ from shmcache.engine.membership cimport Member
 from shmcache.engine.reader cimport Reader
 from shmcache.engine.request cimport Request
 from shmcache.engine.table cimport Table
-from shmcache.engine.transaction cimport Transaction
+from shmcache.engine.journal cimport Journal
 
 cdef class Shard:
     cdef unsigned long long[::1] words
@@ -21,7 +21,7 @@ cdef class Shard:
     cdef Wheel wheel
     cdef Lock lock
     cdef Member member
-    cdef Transaction transaction
+    cdef Journal journal
     cdef Reader reader
     cdef unsigned long long at(self, unsigned long long slot) noexcept
     cdef int touch_order(self, Request request) except -1

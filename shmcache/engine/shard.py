@@ -1,7 +1,7 @@
 """One shard, the unit of locking: every operation on its entries by the owner of its lock.
 
 Readers take no lock (`reader.py`), except after a few collisions. Writers hold it from `enter` to `leave`, and change
-things in small transactions (`transaction.py`), each of one entry. Names ending in `_locked` need the lock. When an
+things in small transactions (`journal.py`), each of one entry. Names ending in `_locked` need the lock. When an
 owner dies, the next one runs `recover_locked`: it rolls back the transaction, frees what is in limbo, and the shard
 stands as before the operation or as after it.
 """
@@ -20,6 +20,7 @@ if cython.compiled:
     from cython.cimports.shmcache.engine.blocks import Blocks
     from cython.cimports.shmcache.engine.eviction import Lru
     from cython.cimports.shmcache.engine.expiry import Wheel
+    from cython.cimports.shmcache.engine.journal import Journal
     from cython.cimports.shmcache.engine.layout import *
     from cython.cimports.shmcache.engine.lock import Lock
     from cython.cimports.shmcache.engine.membership import Member
@@ -27,11 +28,11 @@ if cython.compiled:
     from cython.cimports.shmcache.engine.reader import Reader
     from cython.cimports.shmcache.engine.request import Request
     from cython.cimports.shmcache.engine.table import Table
-    from cython.cimports.shmcache.engine.transaction import Transaction
 else:
     from shmcache.engine.blocks import Blocks
     from shmcache.engine.eviction import Lru
     from shmcache.engine.expiry import Wheel
+    from shmcache.engine.journal import Journal
     from shmcache.engine.layout import *
     from shmcache.engine.lock import Lock
     from shmcache.engine.membership import Member
@@ -39,7 +40,6 @@ else:
     from shmcache.engine.reader import Reader
     from shmcache.engine.request import Request
     from shmcache.engine.table import Table
-    from shmcache.engine.transaction import Transaction
 
 from shmcache.engine.bytelock import Mutex
 from shmcache.engine.layout import Geometry
@@ -86,7 +86,7 @@ class Shard:
         self.order = Lru(words, region.header, region.log, region.slots, geometry.slots)
         self.wheel = Wheel(words, region.header, region.log, region.wheel, region.slots, geometry.slots)
         self.lock = Lock(words, region.header, member, sleeper, guard)
-        self.transaction = Transaction(
+        self.journal = Journal(
             words, region.header, region.log, region.slots, geometry.slots, (region.header, region.end)
         )
         self.reader = Reader(
@@ -125,7 +125,7 @@ class Shard:
             load(self.words, self.at(request.slot) + E_PLACE)
         ):
             self.order.on_hit(request.slot)
-            self.transaction.commit_order()
+            self.journal.commit_order()
 
     # --- the section ------------------------------------------------------------------------------------------------
     def run(
@@ -291,7 +291,7 @@ class Shard:
             return TOO_LARGE
         if found:
             self.order.on_hit(found - 1)  # the entry being replaced shall be the last to be evicted for it
-            self.transaction.commit_order()
+            self.journal.commit_order()
         else:
             while self.is_full_locked():
                 entries = load(self.words, self.header + S_ENTRIES)
@@ -336,7 +336,7 @@ class Shard:
             return CORRUPT
         slot -= 1
         word = self.at(slot)
-        self.transaction.begin(slot)
+        self.journal.begin(slot)
         self.table.take_free()
         logged_store(self.words, self.log, word + E_HASH, request.hash)
         logged_store(self.words, self.log, word + E_EXPIRY, request.expiry)
@@ -346,9 +346,9 @@ class Shard:
         self.order.on_insert(slot)
         if request.expiry:
             self.wheel.on_insert(slot)
-        self.transaction.add(S_ENTRIES, 1)
-        self.transaction.add(S_USED_BYTES, request.key_size + request.head_size + request.body_size)
-        self.transaction.commit(slot)
+        self.journal.add(S_ENTRIES, 1)
+        self.journal.add(S_USED_BYTES, request.key_size + request.head_size + request.body_size)
+        self.journal.commit(slot)
         self.peak_locked()
         return DONE
 
@@ -357,22 +357,22 @@ class Shard:
         word: cython.ulonglong = self.at(slot)
         before: cython.ulonglong = low(load(self.words, word + E_PLACE))
         size: cython.ulonglong = request.key_size + low(load(self.words, word + E_SIZES))
-        self.transaction.begin(slot)
+        self.journal.begin(slot)
         if not request.keep_expiry:
             self.set_expiry(request, slot)
         self.fill_slot(request, slot)
         logged_store(self.words, self.log, self.header + S_LIMBO, before)
-        self.transaction.add(S_USED_BYTES, wrap(request.key_size + request.head_size + request.body_size - size))
-        self.transaction.commit(slot)
+        self.journal.add(S_USED_BYTES, wrap(request.key_size + request.head_size + request.body_size - size))
+        self.journal.commit(slot)
         self.peak_locked()
         return DONE if self.blocks.drain() else CORRUPT
 
     def touch_locked(self, request: Request, slot: cython.ulonglong) -> int:
         """Give the slot the request's expiry."""
-        self.transaction.begin(slot)
+        self.journal.begin(slot)
         self.set_expiry(request, slot)
         self.order.on_hit(slot)
-        self.transaction.commit(slot)
+        self.journal.commit(slot)
         return DONE
 
     def set_expiry(self, request: Request, slot: cython.ulonglong) -> None:
@@ -403,18 +403,18 @@ class Shard:
         if slot >= self.slots:
             return CORRUPT
         store(self.words, self.header + S_SEQUENCE, sequence | 1)
-        self.transaction.begin(slot)
+        self.journal.begin(slot)
         if not self.table.unlink(slot):
-            self.transaction.roll_back()
+            self.journal.roll_back()
             return CORRUPT
         self.order.on_remove(slot)
         if load(self.words, word + E_EXPIRY):
             self.wheel.on_remove(slot)
         logged_store(self.words, self.log, self.header + S_LIMBO, low(load(self.words, word + E_PLACE)))
         self.table.give_free(slot)
-        self.transaction.add(S_ENTRIES, wrap(-1))
-        self.transaction.add(S_USED_BYTES, wrap(0 - (high(sizes) & 0xFFFF) - low(sizes)))
-        self.transaction.commit(slot)
+        self.journal.add(S_ENTRIES, wrap(-1))
+        self.journal.add(S_USED_BYTES, wrap(0 - (high(sizes) & 0xFFFF) - low(sizes)))
+        self.journal.commit(slot)
         store_release(self.words, self.header + S_SEQUENCE, (sequence | 1) + 1)
         return DONE if self.blocks.drain() else CORRUPT
 
@@ -580,7 +580,7 @@ class Shard:
         """Undo what a dead owner began and finish what it had committed. May die itself: the next one starts over."""
         state: cython.ulonglong = load(self.words, self.header + S_STATE)
         if state == STATE_READY:
-            self.transaction.roll_back()
+            self.journal.roll_back()
             if not self.blocks.drain():
                 store(
                     self.words, self.header + S_LIMBO, 0

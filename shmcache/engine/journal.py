@@ -19,13 +19,13 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
-__all__ = ["Transaction"]
+__all__ = ["Journal"]
 
 
 @cython.final
 @cython.cclass
-class Transaction:
-    """The transactions of one shard, one after the other."""
+class Journal:
+    """The undo log of one shard."""
 
     def __init__(
         self, words: memoryview, header: int, log: int, slots_at: int, slots: int, region: tuple[int, int]

@@ -1,4 +1,4 @@
-cdef class Transaction:
+cdef class Journal:
     cdef unsigned long long[::1] words
     cdef unsigned long long header, log, slots_at, slots, region_start, region_end
     cdef unsigned long long at(self, unsigned long long slot) noexcept
