@@ -151,13 +151,17 @@ def tests(session: nox.Session, mode: str) -> None:
     env["SHMCACHE_OTHER_PYTHONS"] = os.pathsep.join(
         sorted(str(python) for python in others if session.virtualenv.location not in str(python))
     )
-    # The order of the stores does not depend on Python: one of them dies before each, the others before every third.
-    env["SHMCACHE_CRASH_STRIDE"] = "1" if session.python == PYTHONS[0] else "3"
-    # Compiled, that test runs the sources in another process, as the uncompiled session does itself.
-    repeated = ["--deselect=tests/test_crash_points.py::test_the_sources_at_every_crash_point"]
     # Most tests wait for processes of their own: a test process for each core takes little more than half the time.
     spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
-    session.run("pytest", *spread, *(repeated if mode == "compiled" else []), *session.posargs, env=env)
+    session.run("pytest", *spread, *session.posargs, env=env)
+
+
+@nox.session
+def torture(session: nox.Session) -> None:
+    """A short run of the torture suite, all of it. Arguments after `--` go to it, such as `--for 60`."""
+    need_compiler(session)
+    session.install("-e", ".[test]", env={"SHMCACHE_REQUIRE_EXTENSION": "1"})
+    session.run("python", "-m", "tests.torture", *(session.posargs or ["--for", "1", "--no-progress"]))
 
 
 @nox.session

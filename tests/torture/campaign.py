@@ -1,0 +1,191 @@
+"""What the parts of the torture suite have in common: what a part is, and what a run of one has to say.
+
+A part runs in an interpreter of its own (`python -m tests.torture.campaign NAME ...`), so that nothing it does to its
+process can hurt another part, and so that a hang of it is seen from outside. It tells what it did in lines of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shmcache import Cache, segment
+from tests.processes import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("faults",)
+SILENCE = 120.0  # seconds without a word after which a part is taken to hang
+REPORT = 0.25  # seconds between two words
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the suite: a claim about the cache, and rounds that try to refute it.
+
+    `rounds` takes a `Trial` and yields after each round, for ever or until there is nothing more to try. It raises
+    AssertionError when the claim is wrong. Everything it chooses, it chooses by `trial.rng`.
+    """
+
+    claim: str
+    rounds: Callable[[Trial], Iterator[None]]
+    short: int  # rounds in the normal test run
+    share: float = 1.0  # of the time of a whole run, relative to the other parts
+    on_sources: bool = False  # runs on the uncompiled sources, whatever is installed
+    missing: Callable[[], str | None] = lambda: None  # what this machine lacks for it, in words
+
+
+class Trial:
+    """One run of a part: its random choices, its caches, and what it has done."""
+
+    def __init__(self, seed: int, rounds: int | None = None) -> None:
+        self.seed = seed
+        self.goal = rounds
+        self.rng = random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.samples: dict[str, list[float]] = {}
+        self._names = (f"torture-{os.getpid()}-{number}" for number in itertools.count())
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to the number of things done, such as "kills"."""
+        self.counts[what] += number
+
+    def measure(self, what: str, seconds: float) -> None:
+        """Note how long something took."""
+        self.samples.setdefault(what, []).append(seconds)
+
+    @contextlib.contextmanager
+    def cache(self, **options: Any) -> Iterator[Cache]:
+        """A new cache, which is in order at the end of the block and then removed."""
+        name = next(self._names)
+        try:
+            with Cache(name, **options) as cache:
+                yield cache
+                assert cache.check() == []
+        finally:
+            segment.unlink(name)
+
+
+@dataclass
+class Result:
+    """What a run of a part came to. `samples` are seconds."""
+
+    name: str
+    rounds: int = 0
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    skipped: str | None = None
+
+
+def load(name: str) -> Part:
+    part: Part = importlib.import_module(f"tests.torture.{name}").PART
+    return part
+
+
+def run(
+    name: str,
+    seed: int,
+    *,
+    rounds: int | None = None,
+    seconds: float | None = None,
+    progress: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """Run a part in an interpreter of its own until its rounds or seconds are over, or it fails."""
+    part = load(name)
+    result = Result(name)
+    if (lack := part.missing()) is not None:
+        result.skipped = lack
+        return result
+    command = [sys.executable, "-m", "tests.torture.campaign", name, "--seed", str(seed)]
+    if rounds is not None:
+        command += ["--rounds", str(rounds)]
+    if seconds is not None:
+        command += ["--seconds", str(seconds)]
+    env = environment(SHMCACHE_PURE="1") if part.on_sources else environment()
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in _lines(process.stdout.fileno()):
+                if line is None:
+                    result.failures.append(f"no word for {SILENCE:.0f} s: it hangs")
+                    break
+                for key, value in json.loads(line).items():
+                    setattr(result, key, value)
+                progress(result)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)  # whatever of it is left
+    if process.returncode not in (0, -9) and not result.failures:
+        result.failures.append(f"it ended with exit status {process.returncode}")
+    return result
+
+
+def _lines(pipe: int) -> Iterator[str | None]:
+    """Lines from a pipe until its end; None when nothing comes for too long."""
+    unread = b""
+    while True:
+        ready, _, _ = select.select([pipe], [], [], SILENCE)
+        if not ready:
+            yield None
+            return
+        more = os.read(pipe, 1 << 16)
+        if not more:
+            return
+        *lines, unread = (unread + more).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
+def main() -> None:
+    """Run one part in this process, telling in lines of JSON how it goes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float)
+    options = parser.parse_args()
+    trial = Trial(options.seed, options.rounds)
+    began = told = time.monotonic()
+    rounds = 0
+    failures: list[str] = []
+
+    def tell(**more: Any) -> None:
+        state = {"rounds": rounds, "seconds": time.monotonic() - began, "counts": trial.counts, **more}
+        sys.stdout.write(json.dumps(state) + "\n")
+        sys.stdout.flush()
+
+    work = load(options.name).rounds(trial)
+    try:
+        for _ in work:
+            rounds += 1
+            now = time.monotonic()
+            if options.rounds is not None and rounds >= options.rounds:
+                break
+            if options.seconds is not None and now - began > options.seconds:
+                break
+            if now - told > REPORT:
+                told = now
+                tell()
+        work.close()  # type: ignore[attr-defined]  # a generator, whose `with` blocks end here
+    except Exception:
+        failures.append(traceback.format_exc())
+    tell(samples=trial.samples, failures=failures)
+
+
+if __name__ == "__main__":
+    main()
