@@ -1,8 +1,13 @@
 """When entries expire: the timer wheel that finds expired entries without looking at the others.
 
-A hashed timing wheel (Varghese and Lauck, SOSP 1987, scheme 6): an entry with an expiry is in the list of its tick,
-a tick being about a second, modulo the number of lists. A hand walks the ticks up to now; what it meets and has not
-expired belongs to a later round and stays. The time is always an argument. All of it needs the shard's lock.
+A hierarchical timing wheel (Varghese and Lauck, SOSP 1987, scheme 7). A tick is about a second, and the hand stands at
+the earliest tick whose entries may not all be gone. An entry that expires in the hand's block of 32 ticks is in the
+list of its tick; one of a later block is in the list of that block, and so on upwards: four levels of 32 lists reach
+twelve days ahead, and what lies beyond waits in the list that is last of all. When the hand comes to a block, the
+block's list is dealt out to the level below, so an entry is moved at most three times in those twelve days. The first
+of a list has the number of the list in place of a previous neighbour.
+
+The time is always an argument. All of it needs the shard's lock.
 """
 
 from __future__ import annotations
@@ -37,75 +42,85 @@ class Wheel:
 
     def on_insert(self, slot: cython.ulonglong) -> None:
         """Put the slot, whose expiry is set and not 0, into its list."""
-        head: cython.ulonglong = self.list_of(load(self.words, self.at(slot) + E_EXPIRY) >> WHEEL_SHIFT)
-        first: cython.ulonglong = load(self.words, head)
+        number: cython.ulonglong = self.number_of(load(self.words, self.at(slot) + E_EXPIRY) >> WHEEL_SHIFT)
+        first: cython.ulonglong = load(self.words, self.lists + number)
         neighbour: cython.ulonglong
-        logged_store(self.words, self.log, self.at(slot) + E_TIMER, pack(first, 0))
+        logged_store(self.words, self.log, self.at(slot) + E_TIMER, pack(first, WHEEL_FIRST | number))
         if first:
             neighbour = self.at(first - 1) + E_TIMER
             logged_store(self.words, self.log, neighbour, with_low(load(self.words, neighbour), slot + 1))
-        logged_store(self.words, self.log, head, slot + 1)
+        logged_store(self.words, self.log, self.lists + number, slot + 1)
 
     def on_remove(self, slot: cython.ulonglong) -> None:
-        """Take the slot, whose expiry still is the one it was put in with, out of its list."""
+        """Take the slot out of its list."""
         links: cython.ulonglong = load(self.words, self.at(slot) + E_TIMER)  # next in the upper half, previous below
         before: cython.ulonglong = low(links)
         after: cython.ulonglong = high(links)
         neighbour: cython.ulonglong
-        if before:
+        if before & WHEEL_FIRST:
+            logged_store(self.words, self.log, self.lists + (before & (WHEEL_LISTS - 1)), after)
+        else:
             neighbour = self.at(before - 1) + E_TIMER
             logged_store(self.words, self.log, neighbour, with_high(load(self.words, neighbour), after))
-        else:
-            neighbour = self.list_of(load(self.words, self.at(slot) + E_EXPIRY) >> WHEEL_SHIFT)
-            logged_store(self.words, self.log, neighbour, after)
         if after:
             neighbour = self.at(after - 1) + E_TIMER
             logged_store(self.words, self.log, neighbour, with_low(load(self.words, neighbour), before))
-        if load(self.words, self.header + S_CURSOR) == slot + 1:
-            logged_store(self.words, self.log, self.header + S_CURSOR, after)
 
     def next_expired(self, now: cython.ulonglong, budget: cython.ulonglong) -> int:
-        """An expired slot plus 1, or 0 when none was found within `budget` entries looked at."""
+        """An expired slot plus 1, or 0 when none was found within `budget` live entries looked at."""
         slot: cython.ulonglong = self.next_due(now, budget)
         return slot if slot else self.scan_current(now, budget, 0)
 
     def next_due(self, now: cython.ulonglong, budget: cython.ulonglong) -> int:
-        """The same for the ticks that are over.
-
-        The hand only remembers how far it got; losing its place costs a second look, so it is not logged.
-        """
+        """The same for the ticks that are over, dealing out on the way what is not due yet."""
         today: cython.ulonglong = now >> WHEEL_SHIFT
         hand: cython.ulonglong = load(self.words, self.header + S_HAND)
-        cursor: cython.ulonglong = load(self.words, self.header + S_CURSOR)
+        level: cython.ulonglong = WHEEL_LEVELS - 1
+        slot: cython.ulonglong
         expiry: cython.ulonglong
-        if hand + WHEEL_LISTS < today or hand > today:  # once round sees every list
-            hand = wrap(today - WHEEL_LISTS) if today > WHEEL_LISTS else 0
-            cursor = 0
-        if not cursor:
-            cursor = load(self.words, self.list_of(hand))
-        while hand < today:
-            while cursor and budget:
-                budget -= 1
-                expiry = load(self.words, self.at(cursor - 1) + E_EXPIRY)
+        if hand == 0:  # a new wheel
+            hand = today
+            store(self.words, self.header + S_HAND, hand)
+        while hand <= today:  # a writer that waited for the lock may be late
+            slot = 0
+            while level and not slot:
+                slot = load(self.words, self.list_of(level, hand))
+                level -= not slot
+            if not slot and hand < today:
+                slot = load(self.words, self.list_of(0, hand))
+            if slot:
+                expiry = load(self.words, self.at(slot - 1) + E_EXPIRY)
                 if expiry and expiry <= now:
-                    store(self.words, self.header + S_HAND, hand)
-                    store(self.words, self.header + S_CURSOR, cursor)
-                    return cursor
-                cursor = high(load(self.words, self.at(cursor - 1) + E_TIMER))
-            if cursor:
-                break
-            hand += 1
-            cursor = load(self.words, self.list_of(hand))
-        store(self.words, self.header + S_HAND, hand)
-        if hand < today:
-            store(self.words, self.header + S_CURSOR, cursor)
-            return 0
-        store(self.words, self.header + S_CURSOR, 0)  # this list still grows at its head
+                    return slot
+                if not expiry or not budget:
+                    return 0
+                budget -= 1
+                self.on_remove(slot - 1)
+                self.on_insert(slot - 1)
+                store_release(self.words, self.log + L_USED, 0)
+                continue
+            if hand == today:
+                return 0
+            hand = min(today, hand + self.empty_span(hand))
+            store(self.words, self.header + S_HAND, hand)
+            if not hand & WHEEL_MASK:  # a new block
+                level = WHEEL_LEVELS - 1
         return 0
+
+    def empty_span(self, hand: cython.ulonglong) -> int:
+        """How many ticks from this one on, whose own lists are empty, the hand can pass at once."""
+        level: cython.ulonglong = 0
+        number: cython.ulonglong
+        while level < WHEEL_LEVELS and hand & ((1 << (level + 1) * WHEEL_BITS) - 1) == 0:  # whole blocks of the level
+            for number in range(level << WHEEL_BITS, (level + 1) << WHEEL_BITS):
+                if load(self.words, self.lists + number):
+                    return 1 << level * WHEEL_BITS
+            level += 1
+        return 1 << level * WHEEL_BITS
 
     def scan_current(self, now: cython.ulonglong, budget: cython.ulonglong, start: cython.ulonglong) -> int:
         """The same for the tick that is not over yet, from slot `start - 1` of its list on, or from its head if 0."""
-        slot: cython.ulonglong = start if start else load(self.words, self.list_of(now >> WHEEL_SHIFT))
+        slot: cython.ulonglong = start if start else load(self.words, self.list_of(0, now >> WHEEL_SHIFT))
         expiry: cython.ulonglong
         while slot and budget:
             budget -= 1
@@ -118,5 +133,20 @@ class Wheel:
     def at(self, slot: cython.ulonglong) -> int:
         return self.slots + slot * SLOT_WORDS
 
-    def list_of(self, tick: cython.ulonglong) -> int:
-        return self.lists + (tick & (WHEEL_LISTS - 1))
+    def list_of(self, level: cython.ulonglong, tick: cython.ulonglong) -> int:
+        """The word of the list that a level has for a tick."""
+        return self.lists + (level << WHEEL_BITS | (tick >> level * WHEEL_BITS & WHEEL_MASK))
+
+    def number_of(self, tick: cython.ulonglong) -> int:
+        """The number of the list that an entry of this tick belongs to, seen from where the hand is."""
+        hand: cython.ulonglong = load(self.words, self.header + S_HAND)
+        level: cython.ulonglong = 0
+        if tick < hand:
+            tick = hand  # due already
+        while level < WHEEL_LEVELS - 1 and tick >> (level + 1) * WHEEL_BITS != hand >> (level + 1) * WHEEL_BITS:
+            level += 1
+        tick >>= level * WHEEL_BITS
+        hand >>= level * WHEEL_BITS
+        if tick - hand > WHEEL_MASK:
+            tick = hand + WHEEL_MASK  # beyond the last level: to be looked at again then
+        return level << WHEEL_BITS | (tick & WHEEL_MASK)

@@ -91,8 +91,7 @@ S_FREE_SLOT = 17
 S_ENTRIES = 18
 S_FREE_BLOCKS = 19
 S_USED_BYTES = 20  # of keys and values
-S_HAND = 21  # the timer wheel's tick that is being examined
-S_CURSOR = 22  # the next slot + 1 to examine in that list
+S_HAND = 21  # the timer wheel's earliest tick that may still have entries, 0 in a new one
 S_EVICTIONS = 24
 S_EXPIRATIONS = 25
 S_PEAK_ENTRIES = 26
@@ -111,7 +110,11 @@ BINS = 128
 BIN_BITMAP_WORDS = 2
 EXACT_BINS = 32  # runs of 1 to 31 blocks have a bin each, longer ones four bins an octave
 
-WHEEL_LISTS = 128  # a power of two
+WHEEL_BITS = 5
+WHEEL_LEVELS = 4
+WHEEL_LISTS = WHEEL_LEVELS << WHEEL_BITS
+WHEEL_MASK = (1 << WHEEL_BITS) - 1
+WHEEL_FIRST = 0x8000_0000  # marks the number of a list
 ENDED = 0xFFFF_FFFF  # where a search of a timer list goes on once it has reached the end
 WHEEL_SHIFT = 30  # a tick is 2**30 ns, about a second
 
@@ -150,8 +153,8 @@ CHECK_NS = 250_000_000  # how often an attached process looks whether the files 
 READ_PATIENCE_NS = 50_000_000  # how long such a reader waits for it before it calls its key absent
 RUN_BATCH = 4096  # requests performed while the lock is held once, some milliseconds
 PURGE_BATCH = 256  # entries removed while the lock is held once
-SWEEP = 4  # entries of the timer wheel that each write examines
-EVICTION_SWEEP = 64  # and that an eviction examines before it takes a live entry
+SWEEP = 4  # live entries of the timer wheel that each write looks at, and expired ones that it removes
+EVICTION_SWEEP = 256  # live entries of the wheel that an eviction looks at before it takes one of them
 EXACT_ORDER_SLOTS = 4096  # up to here every hit moves its entry to the front
 LAZY_ORDER_SHIFT = 3  # beyond, only one that has sunk past an eighth of the list
 

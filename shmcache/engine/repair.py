@@ -222,7 +222,7 @@ class Inspector:
             )
 
     def wheel(self) -> None:
-        """The timer wheel has every slot with an expiry, once, in the list of its tick."""
+        """The timer wheel has every slot with an expiry, once, in a list that comes up in time."""
         number: cython.ulonglong
         slot: cython.ulonglong
         before: cython.ulonglong
@@ -230,14 +230,14 @@ class Inspector:
         found: cython.ulonglong = 0
         for number in range(WHEEL_LISTS):
             slot = load(self.shard.words, self.shard.wheel.lists + number)
-            before = 0
+            before = WHEEL_FIRST | number
             while slot:
                 if slot > self.shard.slots or found > self.timed:
                     self.report(f"timer list {number} leads to slot {slot - 1}, outside the table or in a circle")
                     return
                 links: cython.ulonglong = load(self.shard.words, self.shard.at(slot - 1) + E_TIMER)
                 expiry = load(self.shard.words, self.shard.at(slot - 1) + E_EXPIRY)
-                if not expiry or (expiry >> WHEEL_SHIFT) % WHEEL_LISTS != number or low(links) != before:
+                if not expiry or low(links) != before or not self.is_in_time(number, expiry >> WHEEL_SHIFT):
                     self.report(f"slot {slot - 1}: it is in timer list {number} wrongly, or not linked back")
                     return
                 found += 1
@@ -245,6 +245,15 @@ class Inspector:
                 slot = high(links)
         if found != self.timed:
             self.report(f"the timer wheel has {found} slots, but {self.timed} have an expiry")
+
+    def is_in_time(self, number: cython.ulonglong, tick: cython.ulonglong) -> bool:
+        """Whether the hand of the wheel comes to this list no later than at this tick."""
+        level: cython.ulonglong = number >> WHEEL_BITS
+        hand: cython.ulonglong = load(self.shard.words, self.shard.header + S_HAND)
+        if number == self.shard.wheel.number_of(tick):
+            return True
+        ahead: cython.ulonglong = (number - (hand >> level * WHEEL_BITS)) & WHEEL_MASK
+        return level != 0 and (hand >> level * WHEEL_BITS) + ahead <= tick >> level * WHEEL_BITS
 
     def runs(self) -> None:
         """Runs tile the blocks; each is free or an entry's; no two free ones are neighbours; tags are right."""
@@ -403,8 +412,7 @@ class Inspector:
         slot: cython.ulonglong
         now: cython.ulonglong = low(load(shard.words, shard.header + S_TICK))
         store(shard.words, shard.header + S_ORDER, 0)
-        store(shard.words, shard.header + S_HAND, 0)
-        store(shard.words, shard.header + S_CURSOR, 0)
+        self.set_hand()
         for slot in range(WHEEL_LISTS):
             store(shard.words, shard.wheel.lists + slot, 0)
         used = []
@@ -427,6 +435,18 @@ class Inspector:
                 store(shard.words, shard.log + L_USED, 0)
         if used:
             store(shard.words, shard.header + S_ORDER, pack(before, used[0][1] + 1))
+
+    def set_hand(self) -> None:
+        """Set the hand of the wheel to where it was, but no later than the first entry expires."""
+        shard: Shard = self.shard
+        slot: cython.ulonglong
+        tick: cython.ulonglong
+        hand: cython.ulonglong = load(shard.words, shard.header + S_HAND)
+        for slot in range(shard.slots):
+            tick = load(shard.words, shard.at(slot) + E_EXPIRY) >> WHEEL_SHIFT
+            if tick and low(load(shard.words, shard.at(slot) + E_PLACE)) and (hand == 0 or tick < hand):
+                hand = tick
+        store(shard.words, shard.header + S_HAND, hand)
 
     def rebuild_runs(self) -> None:
         """Make every block that no entry claims free, and tell each run about the one before."""

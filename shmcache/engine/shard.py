@@ -556,7 +556,6 @@ class Shard:
         store(self.words, self.header + S_ENTRIES, 0)
         store(self.words, self.header + S_USED_BYTES, 0)
         store(self.words, self.header + S_HAND, 0)
-        store(self.words, self.header + S_CURSOR, 0)
         store_release(self.words, self.header + S_STATE, STATE_READY)
         store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
 

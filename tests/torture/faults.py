@@ -421,16 +421,18 @@ for _key in "abc":
     CASES[f"delete of neighbour {_key} in time"] = delete_neighbour(_key)
 
 
-@case("a sweep that stops within a list")
-def stop_sweep(cache: Cache, clock: Clock) -> Case:
-    """The hand meets more entries than one write looks at, all of them due one round of the wheel later."""
-    later_round = 60 + (layout.WHEEL_LISTS << layout.WHEEL_SHIFT) / 1e9
+@case("dealing out of what is not due yet")
+def deal_out(cache: Cache, clock: Clock) -> Case:
+    """The hand comes to a block of the wheel with more entries than one write looks at, and none of them is due."""
+    block = 1 << layout.WHEEL_BITS
+    clock.now = (clock.now // (block << layout.WHEEL_SHIFT) + 1) * (block << layout.WHEEL_SHIFT)
+    cache.delete("nothing")
     for key in "abcdef":
-        cache.set(key, filling(1, key), later_round)
+        cache.set(key, filling(1, key), 60.0)
     before = contents(cache)
 
     def later(cache: Cache) -> None:
-        clock.advance(100)
+        clock.now += block << layout.WHEEL_SHIFT
         cache.delete("nothing")
 
     return Case(later, [before])
