@@ -90,6 +90,9 @@ class Batch:
             outcomes = self._store._perform([each._operation for each in pending])
             for each, outcome in zip(pending, outcomes, strict=True):
                 each._outcome = outcome
+            for status, stopped in outcomes:
+                if status >= layout.UNDONE:
+                    raise stopped
 
     def __del__(self) -> None:
         if self._pending:

@@ -133,6 +133,8 @@ KEY_TEXT = 1  # the key bytes are the UTF-8 of a str
 KEY_BYTES = 2
 KEY_PACKED = 3  # msgpack of anything else
 
+BIG_INT = 5  # the msgpack extension of an int beyond 64 bits (codec.py)
+SCRATCH = 4096  # bytes for a copy of a value that a request begins with
 HEAD_AT = 16  # where in a request's small memory the value's head is, behind a number that is the key
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -171,6 +173,7 @@ OP_READ = 8
 OP_PURGE = 9
 OP_CLEAR = 10
 OP_EVICT = 11
+OP_READ_SLOT = 12
 
 DONE = 0
 ABSENT = 1  # the key was not there
@@ -180,8 +183,9 @@ BUSY = 4  # a read collided too often
 NOT_A_NUMBER = 5
 OUT_OF_RANGE = 6
 CORRUPT = 7
-TOO_LARGE = 9
-# These two want something done without the lock, and then the request again:
+TOO_LARGE = 8
+# From here on nothing has been done. The last two want something done without the lock, and then the request again.
+UNDONE = 9  # the turn has not come yet
 NO_ROOM = 10  # the scratch memory of the request is shorter than the value
 FULL = 11  # the cache is, but this shard has next to nothing: another one must evict
 

@@ -334,6 +334,7 @@ class Inspector:
         shard: Shard = self.shard
         store(shard.words, shard.header + S_SEQUENCE, load(shard.words, shard.header + S_SEQUENCE) | 1)
         store_release(shard.words, shard.header + S_STATE, STATE_REPAIRING)
+        fence_release()
         store(shard.words, shard.log + L_USED, 0)
         store(shard.words, shard.header + S_SUBJECT, 0)
         store(shard.words, shard.header + S_LIMBO, 0)

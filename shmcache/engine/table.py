@@ -46,6 +46,7 @@ class Table:
         """Put a slot at the head of its bucket's chain."""
         bucket: cython.ulonglong = self.bucket_of(hash)
         logged_store(self.words, self.log, self.at(slot) + E_CHAIN, load(self.words, bucket))
+        fence_release()  # a reader who finds the slot finds the rest of the chain behind it
         logged_store(self.words, self.log, bucket, pack(high(hash), slot + 1))
 
     def unlink(self, slot: cython.ulonglong) -> bool:
