@@ -1,4 +1,5 @@
-"""Where every word of the segment lies: this file owns the offsets, and `layout.pxd` repeats its constants for C.
+"""Where every word of the segment lies: this file owns the offsets and all other constants of the engine, which
+`layout.pxd` repeats for C.
 
 The segment is an array of 64-bit words in native byte order. A word is the unit of every store.
 
@@ -104,7 +105,7 @@ STATE_REPAIRING = 2  # only the slots count; whoever gets the lock repairs again
 
 L_USED = 0
 L_ENTRIES = 1
-LOG_ENTRIES = 96  # the longest transaction, a removal, stores fewer than 40 words
+LOG_ENTRIES = 96  # five times what the longest transaction, a removal, has been seen to store
 
 BINS = 128
 BIN_BITMAP_WORDS = 2
@@ -151,8 +152,8 @@ MAX_KEY_BYTES = 65_535
 SPINS = 100  # looks at a held lock, 1 to 2 us, before a waiter sleeps
 PROBE_NS = 2_000_000  # how long one owner is watched before the kernel is asked whether it lives
 READ_ATTEMPTS = 8  # then a reader takes the lock
+READ_PATIENCE_NS = 50_000_000  # how long it waits for it before it calls its key absent
 CHECK_NS = 250_000_000  # how often an attached process looks whether the files still have names
-READ_PATIENCE_NS = 50_000_000  # how long such a reader waits for it before it calls its key absent
 RUN_BATCH = 4096  # requests performed while the lock is held once, some milliseconds
 PURGE_BATCH = 256  # entries removed while the lock is held once
 SWEEP = 4  # live entries of the timer wheel that each write looks at, and expired ones that it removes

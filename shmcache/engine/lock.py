@@ -63,9 +63,9 @@ class Lock:
 
     def release(self) -> int:
         """Give the lock back and wake one waiter."""
-        # The waiters must be read after the lock is free: both are sequentially consistent.
-        swap(self.words, self.header + S_LOCK, 0)
-        if load_acquire(self.words, self.header + S_WAITERS):
+        # Sequentially consistent here and in `wait`: either we see the waiter, or it sees that the lock is free.
+        store_seq_cst(self.words, self.header + S_LOCK, 0)
+        if load_seq_cst(self.words, self.header + S_WAITERS):
             self.wake()
         return 0
 
@@ -107,7 +107,7 @@ class Lock:
             self.add_waiters(1)
             woken = False
             try:
-                if load_acquire(self.words, self.header + S_LOCK):
+                if load_seq_cst(self.words, self.header + S_LOCK):
                     woken = self.sleeper.sleep()
             finally:
                 if not woken:

@@ -3,8 +3,10 @@
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
-back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Request.set_key`, `Reader.read`,
-`Request.value`.
+back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Request.set_key`, `Reader.read`, perhaps
+`Shard.promote`, `Request.value`. A `set` goes: `put`, `now`, `Request.set_key` and `set_value`, `change`,
+`Shard.run_one`, `enter`, `perform_locked`, `put_locked` (evict, reserve blocks, write), `insert_locked` or
+`overwrite_locked`, `leave`.
 """
 
 from __future__ import annotations
