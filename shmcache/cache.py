@@ -181,12 +181,12 @@ class Cache(Store):
 
     def unlink(self) -> None:
         """Remove the cache from this machine, then close. Other processes that have it attached move to a new one."""
-        self._check_open()
+        self._attached()
         segment.unlink(self.name, self._wish.timeout)
         self.close()
 
     def __enter__(self) -> Self:
-        self._check_open()
+        self._attached()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -198,8 +198,7 @@ class Cache(Store):
             self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._check_open()
-        geometry = self.attachment.geometry
+        geometry = self._attached().geometry
         options = {
             "max_bytes": geometry.max_bytes,
             "max_entries": geometry.max_entries,
@@ -226,14 +225,12 @@ class Cache(Store):
     @property
     def max_bytes(self) -> int:
         """The size of the segment as asked for at creation, bytes."""
-        self._check_open()
-        return int(self.attachment.geometry.max_bytes)
+        return int(self._attached().geometry.max_bytes)
 
     @property
     def max_entries(self) -> int:
         """The most entries it holds."""
-        self._check_open()
-        return int(self.attachment.geometry.max_entries)
+        return int(self._attached().geometry.max_entries)
 
     @property
     def default_ttl(self) -> float | None:
@@ -256,7 +253,7 @@ class Cache(Store):
 
     def batch(self) -> Batch:
         """Collects operations of any kind in a `with` block, and performs them at its end, taking each lock once."""
-        self._check_open()
+        self._attached()
         return Batch(self)
 
     def memoize(
@@ -312,8 +309,7 @@ class Cache(Store):
     # --- what it tells about itself ---------------------------------------------------------------------------------
     def stats(self) -> Stats:
         """Totals of all processes, sizes, and who is attached."""
-        self._check_open()
-        return collect(self.attachment)
+        return collect(self._attached())
 
     def info(self, key: object) -> EntryInfo:
         """What is known about one entry, without counting a hit; raises KeyError if it is missing."""
@@ -325,14 +321,12 @@ class Cache(Store):
 
     def check(self) -> list[str]:
         """Compare everything in the segment with everything else, shard by shard; the contradictions, [] for none."""
-        self._check_open()
-        shards = self.attachment.geometry.shards
+        shards = self._attached().geometry.shards
         return [f"shard {shard}: {text}" for shard in range(shards) for text in self._inspect(shard, False)]
 
     def repair(self) -> list[str]:
         """Make all that follows from the entries anew, dropping those that cannot be proved; what was dropped."""
-        self._check_open()
-        shards = self.attachment.geometry.shards
+        shards = self._attached().geometry.shards
         return [f"shard {shard}: {text}" for shard in range(shards) for text in self._inspect(shard, True)]
 
 

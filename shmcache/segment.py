@@ -28,12 +28,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import posix_ipc
 
 from shmcache.engine import layout
-from shmcache.engine.bytelock import Guard, setup_lock
+from shmcache.engine.bytelock import Guard, under_setup_lock
 from shmcache.engine.layout import Geometry
 from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
@@ -96,7 +97,7 @@ class Attachment:
         self.registry = Registry(self.words, self.lock_fd, geometry.processes)
         self.member = Member(self.words, self.registry)
         self.secret = (load(self.words, layout.H_SECRET), load(self.words, layout.H_SECRET + 1))
-        self.sleepers = [Sleeper(f"/{file_name(self.name)}~{number}") for number in range(geometry.shards)]
+        self.sleepers = [_sleeper(self.name, number) for number in range(geometry.shards)]
         self.guard = Guard(self.lock_fd)
         self.shards = [
             Shard(
@@ -158,12 +159,15 @@ class Attachment:
         self.disown()
         self.member.resign()
         if self.ephemeral and self.is_current():
-            with contextlib.suppress(Exception), setup_lock(self.lock_fd, 1.0):
-                if self.is_current() and not self.registry.others_alive():
-                    _remove_files(self.name)
+            with contextlib.suppress(Exception):
+                under_setup_lock(self.lock_fd, 1.0, self._remove_if_unused)
         self.registry.fd = self.guard.fd = -1  # the number may be another file's soon
         self.close_files()
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
+
+    def _remove_if_unused(self) -> None:
+        if self.is_current() and not self.registry.others_alive():
+            _remove_files(self.name)
 
     def _wait_for_own_threads(self) -> None:
         """Let no thread of this process take a lock any more, and wait for one that has: nobody could tell it lives.
@@ -257,8 +261,7 @@ def unlink(name: str, timeout: float = 5.0) -> bool:
     with process_mutex():
         attachment = _attachments.get(name)
         if attachment is not None and attachment.is_current():
-            with setup_lock(attachment.lock_fd, timeout):
-                _remove_files(name)
+            under_setup_lock(attachment.lock_fd, timeout, partial(_remove_files, name))
             if attachment.is_current():
                 raise PermissionError(
                     f"cache {name!r} belongs to uid {os.fstat(attachment.segment_fd).st_uid}, and this process, which "
@@ -270,8 +273,7 @@ def unlink(name: str, timeout: float = 5.0) -> bool:
         except CacheNotFound:
             return _remove_files(name)
         try:
-            with setup_lock(fd, timeout):
-                return _remove_files(name)
+            return under_setup_lock(fd, timeout, partial(_remove_files, name))
         finally:
             os.close(fd)
 
@@ -303,15 +305,18 @@ def lock_path(name: str) -> Path:
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
+def _open_if_named(wish: Wish, lock_fd: int) -> Attachment | None:
+    return _open_segment(wish, lock_fd) if _has_name(lock_fd, wish.name) else None
+
+
 def _attach(wish: Wish) -> Attachment:
     attachment: Attachment | None = None
     while True:
         lock_fd = _open_lock_file(wish.name, wish.create)
         try:
-            with setup_lock(lock_fd, wish.timeout):
-                if not _has_name(lock_fd, wish.name):
-                    continue  # somebody unlinked it meanwhile: begin again
-                attachment = _open_segment(wish, lock_fd)
+            attachment = under_setup_lock(lock_fd, wish.timeout, partial(_open_if_named, wish, lock_fd))
+            if attachment is None:
+                continue  # somebody unlinked it meanwhile: begin again
         except _UsedLockFile:
             continue
         finally:
@@ -561,9 +566,14 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
         raise
 
 
+def _sleeper(name: str, shard: int) -> Sleeper:
+    semaphore = f"{file_name(name)}~{shard}"
+    return Sleeper(f"/{semaphore}", DIRECTORY / f"sem.{semaphore}")
+
+
 def _file_paths(name: str, shards: int) -> list[str]:
     """Every file a cache may have, the lock file last."""
-    semaphores = [str(DIRECTORY / f"sem.{file_name(name)}~{number}") for number in range(shards)]
+    semaphores = [str(_sleeper(name, number).path) for number in range(shards)]
     return [str(DIRECTORY / file_name(name)), *semaphores, str(lock_path(name))]
 
 
@@ -573,7 +583,7 @@ def _remove_files(name: str) -> bool:
         posix_ipc.unlink_shared_memory("/" + file_name(name))
         removed = True
     for number in range(layout.MAX_SHARDS):
-        Sleeper(f"/{file_name(name)}~{number}").unlink()
+        _sleeper(name, number).unlink()
     with contextlib.suppress(FileNotFoundError, PermissionError):
         lock_path(name).unlink()
         removed = True

@@ -9,27 +9,34 @@ more than that.
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
+import sys
 import time
+from pathlib import Path
 
 import posix_ipc
 
 __all__ = ["Sleeper"]
 
 SLEEP = 0.001  # seconds
+_HAS_FILES = sys.platform == "linux"  # semaphores are files of /dev/shm
 _UNAVAILABLE = (posix_ipc.Error, OSError, ValueError)
 
 
 class Sleeper:
-    """The semaphore of one shard. `name` is a POSIX name, `/...`."""
+    """The semaphore of one shard. `name` is a POSIX name, `/...`, `path` the file that it has, where it has one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, path: Path) -> None:
         self.name = name
+        self.path = path
         self._semaphore: posix_ipc.Semaphore | None = None
         self._tried = False
 
     def create(self) -> None:
-        """Create the semaphore."""
+        """Create the semaphore, in place of one that somebody has left."""
         if posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
+            self.unlink()
             with contextlib.suppress(*_UNAVAILABLE):
                 self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREX, mode=0o600, initial_value=0)
 
@@ -59,9 +66,28 @@ class Sleeper:
         with contextlib.suppress(*_UNAVAILABLE):
             posix_ipc.unlink_semaphore(self.name)
 
+    def __del__(self) -> None:
+        # Only here does nobody sleep on it any more: closing it unmaps the memory.
+        if self._semaphore is not None:
+            with contextlib.suppress(*_UNAVAILABLE):
+                self._semaphore.close()
+
     def _open(self) -> posix_ipc.Semaphore | None:
         if self._semaphore is None and not self._tried and posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
             self._tried = True
-            with contextlib.suppress(*_UNAVAILABLE):
-                self._semaphore = posix_ipc.Semaphore(self.name)
+            try:
+                if self._is_ours():
+                    self._semaphore = posix_ipc.Semaphore(self.name)
+            except OSError:
+                self._tried = False  # too many open files, for instance
+            except (posix_ipc.Error, ValueError):
+                pass
         return self._semaphore
+
+    def _is_ours(self) -> bool:
+        """Whether nobody else can cut the file short under us, which would be a SIGBUS."""
+        try:
+            status = self.path.lstat()
+        except FileNotFoundError:
+            return not _HAS_FILES
+        return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022

@@ -269,7 +269,7 @@ def test_a_group_that_is_stopped_half_way_says_what_was_done(make_cache: Callabl
     end = Gate()
 
     def hold() -> None:
-        cache._check_open()  # a forked child takes a place of its own
+        cache._attached()  # a forked child takes a place of its own
         store(cache.attachment.words, lock, cache.attachment.member.owner)
         end.wait()
 

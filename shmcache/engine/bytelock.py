@@ -6,7 +6,6 @@ which mutexes do here, and they vanish when the process closes any descriptor of
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -14,17 +13,28 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import TypeVar
 
-from shmcache.engine.primitives import process_epoch
-from shmcache.errors import LockTimeout
+from shmcache.engine.primitives import ATOMIC_BYTE, process_epoch
+from shmcache.errors import CacheClosed, LockTimeout
 
-__all__ = ["REAPER_BYTE", "SETUP_BYTE", "Guard", "Mutex", "is_byte_locked", "setup_lock", "try_lock_byte"]
+__all__ = [
+    "ATOMIC_BYTE",
+    "REAPER_BYTE",
+    "SETUP_BYTE",
+    "Guard",
+    "Mutex",
+    "is_byte_locked",
+    "try_lock_byte",
+    "under_setup_lock",
+]
+
+Result = TypeVar("Result")
 
 # The first bytes are those of the process table (`membership.py`); these lie beyond.
-SETUP_BYTE = 1 << 20  # held while the cache is created, attached to, unlinked, or a line is taken
-ATOMIC_BYTE = SETUP_BYTE + 1  # held for a compare-and-swap by uncompiled processes
-REAPER_BYTE = SETUP_BYTE + 2  # held by the reaper of an ephemeral cache
+SETUP_BYTE = ATOMIC_BYTE - 1  # held while the cache is created, attached to, unlinked, or a line is taken
+REAPER_BYTE = ATOMIC_BYTE + 1  # held by the reaper of an ephemeral cache
 
 GUARD_PATIENCE = 0.02  # seconds to wait for a compare-and-swap of another process
 
@@ -32,33 +42,23 @@ _FLOCK = "@qqihh" if sys.platform == "darwin" else "@hhqqi0q"
 
 
 class Mutex:
-    """A lock among threads that an exception raised by a signal handler cannot leave locked, wherever it strikes.
+    """A lock among threads: `with mutex.lock:`, after `refuse_reentry`, with `mutex.owner` set inside.
 
-    A signal handler or finalizer that comes back to it on the thread that has it would wait for itself: it is refused.
+    An exception that a signal handler raises can strike between any two lines of Python, and would leave a lock taken
+    that Python code takes or gives back. A `with` of a lock in C cannot be struck.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0
+        self.lock = threading.Lock()
+        self.owner = 0
 
-    def is_locked(self) -> bool:
-        return self._lock.locked()
-
-    # A generator that is abandoned anywhere runs its `finally`; a class with __enter__ and __exit__ would not.
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Take the lock for a `with` block; raises LockTimeout if this thread has it already."""
-        if self._owner == threading.get_ident():
+    def refuse_reentry(self) -> None:
+        """Raise LockTimeout if this thread has the lock: waiting for itself it would wait for ever."""
+        if self.owner == threading.get_ident() and self.lock.locked():
             raise LockTimeout(
                 "this thread is in the middle of a cache operation, so a signal handler or finalizer that runs within "
                 "it cannot use the cache"
             )
-        with self._lock:
-            try:
-                self._owner = threading.get_ident()
-                yield
-            finally:
-                self._owner = 0
 
 
 # A mutex may be held by a thread that a fork left behind, so each process has its own.
@@ -70,53 +70,69 @@ def _own_mutex(mutexes: dict[int, Mutex]) -> Mutex:
     return mutexes.setdefault(process_epoch(), Mutex())
 
 
-@contextlib.contextmanager
-def setup_lock(fd: int, timeout: float) -> Iterator[None]:
-    """What creating, attaching, unlinking and taking a line exclude each other with, in this process and among all.
+def under_setup_lock(fd: int, timeout: float, work: Callable[[], Result]) -> Result:
+    """Do what creating, attaching, unlinking and taking a line exclude each other for, in this process and among all.
 
-    Raises LockTimeout when others take longer than `timeout` seconds.
+    Raises LockTimeout when others take longer than `timeout` seconds, CacheClosed where `fd` was closed meanwhile.
     """
-    deadline = time.monotonic() + timeout
-    with _own_mutex(_setup_mutexes).hold():
+    mutex = _own_mutex(_setup_mutexes)
+    mutex.refuse_reentry()
+    with mutex.lock:
         try:
-            while not try_lock_byte(fd, SETUP_BYTE):
-                if time.monotonic() > deadline:
-                    raise LockTimeout(
-                        f"somebody has been creating, attaching to or unlinking this cache for {timeout} s, longer "
-                        f"than lock_timeout allows: look for a stopped process (SIGSTOP) with `shmcache ls`"
-                    )
-                time.sleep(0.0005)
-            yield
+            mutex.owner = threading.get_ident()
+            _await_setup_byte(fd, timeout)
+            return work()
         finally:
-            fcntl.lockf(fd, fcntl.LOCK_UN, 1, SETUP_BYTE)
+            # Calls of C functions only: no signal handler runs before they are done.
+            try:  # noqa: SIM105
+                fcntl.lockf(fd, fcntl.LOCK_UN, 1, SETUP_BYTE)
+            except (OSError, ValueError):
+                pass  # closed, and so unlocked
+            mutex.owner = 0
+
+
+def _await_setup_byte(fd: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    try:
+        while not try_lock_byte(fd, SETUP_BYTE):
+            if time.monotonic() > deadline:
+                raise LockTimeout(
+                    f"somebody has been creating, attaching to or unlinking this cache for {timeout} s, longer "
+                    f"than lock_timeout allows: look for a stopped process (SIGSTOP) with `shmcache ls`"
+                )
+            time.sleep(0.0005)
+    except ValueError:
+        raise CacheClosed("the cache was closed by another thread") from None
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise CacheClosed("the cache was closed by another thread") from None
+        raise
 
 
 class Guard:
-    """Makes a compare-and-swap of uncompiled code atomic, in this process and among all."""
+    """What makes a compare-and-swap of uncompiled code atomic, in this process and among all (`primitives.py`)."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[bool]:
-        """Exclude all others; False when that took too long, for instance because one of them was stopped just here."""
+    @property
+    def mutex(self) -> Mutex:
+        """To be held, among the threads of this process, from before `take` until after the byte is given back."""
+        return _own_mutex(_atomic_mutexes)
+
+    def take(self) -> bool:
+        """Take the byte; False when that lasts too long, for instance because its holder was stopped just here."""
         deadline = time.monotonic() + GUARD_PATIENCE
-        with _own_mutex(_atomic_mutexes).hold():
-            if self.fd < 0:
-                yield False  # closed by another thread
-                return
-            try:
-                held = try_lock_byte(self.fd, ATOMIC_BYTE)
-                while not held and time.monotonic() < deadline:
-                    time.sleep(0)
-                    held = try_lock_byte(self.fd, ATOMIC_BYTE)
-                yield held
-            finally:
-                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
+        held = try_lock_byte(self.fd, ATOMIC_BYTE)
+        while not held and time.monotonic() < deadline:
+            time.sleep(0)
+            held = try_lock_byte(self.fd, ATOMIC_BYTE)
+        return held
 
     def close(self) -> None:
-        """Let no thread of this process hold it from now on."""
-        with _own_mutex(_atomic_mutexes).hold():
+        """Let no thread of this process take it from now on."""
+        self.mutex.refuse_reentry()
+        with self.mutex.lock:
             self.fd = -1
 
 

@@ -27,7 +27,7 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
-from shmcache.engine.bytelock import is_byte_locked, setup_lock, try_lock_byte
+from shmcache.engine.bytelock import is_byte_locked, try_lock_byte, under_setup_lock
 from shmcache.errors import CacheClosed, TooManyProcesses
 
 __all__ = ["Member", "Registry"]
@@ -94,21 +94,23 @@ class Registry:
 
     def take_line(self, timeout: float) -> None:
         """Lock a byte, start a new generation of its line, and fold what its last process counted into the totals."""
-        with setup_lock(self.fd, timeout):
-            if self._own_epoch == process_epoch():
-                return
-            line = self._lock_a_line()
-            at = self.line(line)
-            store(self.words, at + P_GENERATION, load(self.words, at + P_GENERATION) + 1)
-            for counter in range(COUNTERS):
-                counted = load(self.words, at + P_COUNTERS + counter)
-                total = load(self.words, H_TOTALS + counter)
-                store(self.words, H_TOTALS + counter, wrap(total + counted))
-                store(self.words, at + P_COUNTERS + counter, 0)
-            store(self.words, at + P_ATTACHED, time.time_ns())
-            store(self.words, at + P_PID, os.getpid())
-            self.own_line = line
-            self._own_epoch = process_epoch()
+        under_setup_lock(self.fd, timeout, self._take_line)
+
+    def _take_line(self) -> None:
+        if self._own_epoch == process_epoch():
+            return
+        line = self._lock_a_line()
+        at = self.line(line)
+        store(self.words, at + P_GENERATION, load(self.words, at + P_GENERATION) + 1)
+        for counter in range(COUNTERS):
+            counted = load(self.words, at + P_COUNTERS + counter)
+            total = load(self.words, H_TOTALS + counter)
+            store(self.words, H_TOTALS + counter, wrap(total + counted))
+            store(self.words, at + P_COUNTERS + counter, 0)
+        store(self.words, at + P_ATTACHED, time.time_ns())
+        store(self.words, at + P_PID, os.getpid())
+        self.own_line = line
+        self._own_epoch = process_epoch()
 
     def _lock_a_line(self) -> int:
         for _attempt in range(5):
@@ -138,15 +140,16 @@ class Registry:
     def is_alive(self, owner: int) -> bool:
         """Whether the process of this owner id still runs; CacheClosed if our lock file was closed meanwhile."""
         line, generation = owner >> 48, owner & GENERATION_MASK
+        fd = self.fd
         try:
-            proves = os.fstat(self.fd).st_ino == load(self.words, H_LOCK_FILE)
-        except OSError:
-            proves = False
-        if not proves:  # another file has the number now: its locks say nothing about this cache
-            raise CacheClosed("the cache was closed by another thread while this one waited for a lock")
+            if os.fstat(fd).st_ino != load(self.words, H_LOCK_FILE):
+                raise ValueError  # another file has the number now: its locks say nothing about this cache
+            locked = is_byte_locked(fd, line) if line < self.processes else False
+        except (OSError, ValueError):
+            raise CacheClosed("the cache was closed by another thread while this one waited for a lock") from None
         if line >= self.processes or load(self.words, self.line(line) + P_GENERATION) & GENERATION_MASK != generation:
             return False
-        return line == self.own_line or is_byte_locked(self.fd, line)
+        return line == self.own_line or locked
 
     def others_alive(self) -> bool:
         """Whether any other process is attached."""

@@ -7,14 +7,17 @@ stores nothing, in both bodies. A word goes in and out through a `memoryview` ca
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import sys
+import threading
 import time
 from typing import Any
 
 from shmcache.engine.layout import L_ENTRIES, LOG_ENTRIES
 
+ATOMIC_BYTE = (1 << 20) + 1  # of the lock file: held for a compare-and-swap
 MASK = 0xFFFF_FFFF_FFFF_FFFF
 HALF = 0xFFFF_FFFF
 
@@ -49,11 +52,21 @@ def logged_store(words: memoryview, log: int, index: int, value: int) -> None:
 
 def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: Any) -> bool:
     """Store `new` where `old` is. A `bytelock.Guard` makes that atomic among all processes; C has an instruction."""
-    with guard.hold() as held:
-        if not held or load(words, index) != old:
-            return False
-        store(words, index, new)
-        return True
+    mutex = guard.mutex
+    mutex.refuse_reentry()
+    with mutex.lock:
+        if guard.fd < 0:
+            return False  # closed by another thread
+        try:
+            mutex.owner = threading.get_ident()
+            if not guard.take() or load(words, index) != old:
+                return False
+            store(words, index, new)
+            return True
+        finally:
+            # Calls of C functions only: no signal handler runs before they are done.
+            fcntl.lockf(guard.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
+            mutex.owner = 0
 
 
 def fence_acquire() -> None:

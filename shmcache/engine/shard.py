@@ -9,6 +9,7 @@ stands as before the operation or as after it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 try:
@@ -111,9 +112,10 @@ class Shard:
                 if not self.is_dirty():  # recovery is left to a writer
                     self.record_hit_locked(request)
                 self.leave()
-        elif not self.mutex().is_locked():
-            with self.mutex().hold():
+        elif not self.mutex().lock.locked():
+            with self.mutex().lock:
                 try:
+                    self.mutex().owner = get_ident()
                     if self.lock.try_acquire() and not self.is_dirty():
                         self.record_hit_locked(request)
                 finally:
@@ -142,8 +144,10 @@ class Shard:
             self.leave()
         else:
             # Python code can be interrupted anywhere: `leave` rolls back what was not finished.
-            with self.mutex().hold():
+            self.mutex().refuse_reentry()
+            with self.mutex().lock:
                 try:
+                    self.mutex().owner = get_ident()
                     self.enter(timeout_ns)
                     start = self.run_locked(requests, start, now)
                 finally:
@@ -169,8 +173,10 @@ class Shard:
                 return self.inspect_locked(self, rebuild)
             finally:
                 self.leave()
-        with self.mutex().hold():
+        self.mutex().refuse_reentry()
+        with self.mutex().lock:
             try:
+                self.mutex().owner = get_ident()
                 self.enter(timeout_ns)
                 return self.inspect_locked(self, rebuild)
             finally:
@@ -216,7 +222,8 @@ class Shard:
     def wait_for_own_thread(self) -> None:
         """Uncompiled: return once no thread of this process holds the lock; LockTimeout if it is this very thread."""
         if load(self.words, self.header + S_LOCK) == self.member.owner:
-            with self.mutex().hold():
+            self.mutex().refuse_reentry()
+            with self.mutex().lock:
                 pass
 
     def mutex(self) -> Any:

@@ -117,9 +117,13 @@ class Store:
         self.epoch = process_epoch()
         self.next_check = (now_ns() if self.clock is None else self.clock()) + CHECK_NS
 
-    def _check_open(self) -> None:
-        """Raise CacheClosed after `close`, and see to forks and unlinked files as every operation does."""
+    def _attached(self) -> Any:
+        """The attachment, once forks and unlinked files have been seen to, as by every operation. Or CacheClosed."""
         self.now()
+        attachment = self.attachment
+        if attachment is None:  # another thread closed it just now
+            raise self.closed()
+        return attachment
 
     def _abandon(self) -> None:
         """Work on nothing: every operation raises CacheClosed."""
@@ -353,6 +357,9 @@ class Store:
         shard: Shard
         shards = self.shards  # hashes are theirs: another thread may move us to a new segment meanwhile
         groups: dict[int, list[Request]] = {}
+        if process_epoch() != self.epoch:
+            self._refresh(now)  # the serializer forked, and this is the child
+            shards = self.shards
         if not shards:
             raise self.closed()
         for request in requests:
@@ -588,13 +595,22 @@ class Store:
         """Read as the owner of the lock. A holder that is stopped must not stop readers, so this soon gives up."""
         request.op = op
         status: cython.int = NO_ROOM
-        try:
-            while status == NO_ROOM:
+        waits: cython.int = 0
+        stamp: cython.ulonglong = load(shard.words, shard.header + S_STAMP)
+        while status == NO_ROOM:
+            try:
                 status = shard.run_one(request, now, READ_PATIENCE_NS)
                 if status == NO_ROOM:
                     request.make_room()
-        except LockTimeout:
-            return BUSY
+            except LockTimeout:
+                waits += 1
+                if waits == READ_WAITS or load(shard.words, shard.header + S_STAMP) == stamp:
+                    return BUSY
+                stamp = load(shard.words, shard.header + S_STAMP)  # they are at work: our turn will come
+            except CacheClosed:
+                if self.epoch == CLOSED:
+                    raise
+                return BUSY  # unlinked while we waited: nothing is there
         return status
 
     def put(self, op: cython.int, key: object, value: object, ttl: object, version: cython.ulonglong) -> int:
@@ -616,12 +632,21 @@ class Store:
         """Perform one writing operation; its status."""
         request.op = op
         request.refusals = 0
-        shard: Shard = self.shard_of(request)
-        shards = self.shards
-        status: cython.int = shard.run_one(request, now, self.timeout_ns)
-        while status == FULL:
-            self.make_way(request, shards, now)
-            status = shard.run_one(request, now, self.timeout_ns)
+        status: cython.int = UNDONE
+        if process_epoch() != self.epoch:
+            self._refresh(now)  # the serializer forked, and this is the child
+        while status == UNDONE:
+            shard: Shard = self.shard_of(request)
+            shards = self.shards
+            try:
+                status = shard.run_one(request, now, self.timeout_ns)
+                while status == FULL:
+                    self.make_way(request, shards, now)
+                    status = shard.run_one(request, now, self.timeout_ns)
+            except CacheClosed:
+                if self.epoch == CLOSED:
+                    raise
+                status = UNDONE  # unlinked while we waited, and another thread has moved us to a new segment
         if status >= CORRUPT:
             self.raise_for(status)
         return status

@@ -41,7 +41,7 @@ ENGINE = Path(engine.__file__).parent
 # Stores outside of any critical section, or that no death can come between.
 ELSEWHERE = {
     "membership.Member.count": "a statistic in this process's own line",
-    "membership.Registry.take_line": "under the setup lock: tests/test_processes.py kills a creator at each of them",
+    "membership.Registry._take_line": "under the setup lock: tests/test_processes.py kills a creator at each of them",
     "membership.Registry.leave": "the last store of a process that detaches",
     "shard.Shard.format": "at creation, before anybody can attach",
 }
@@ -128,7 +128,7 @@ def dies(cache: Cache, operation: Operation, last: int) -> str | None:
     """Perform an operation in a child that dies before its store number `last`; where, or None if it did not."""
 
     def work() -> None:
-        cache._check_open()  # take a place in the process table before the stores count
+        cache._attached()  # take a place in the process table before the stores count
         arm(last)
         operation(cache)
 
