@@ -24,10 +24,12 @@ import pytest
 
 from shmcache import (
     DEFAULT,
+    Batch,
     Cache,
     CacheClosed,
     CacheNotFound,
     KeyTooLarge,
+    Pending,
     SerializationError,
     ValueTooLarge,
     is_compiled,
@@ -702,7 +704,7 @@ def test_batch_mixes_everything_and_keeps_the_order_on_a_key(cache: Cache, clock
         not_deleted = batch.delete("gone")
         last = batch.get("gone", 0)
         assert len(batch) == 16
-        with pytest.raises(RuntimeError, match="has not been performed"):
+        with pytest.raises(RuntimeError, match=r"there is no result: .* has not ended"):
             _ = first.value
         assert cache.get("k") is None
     assert first.value == "default"
@@ -785,6 +787,57 @@ def test_batch_performs_nothing_after_an_exception_or_bad_input(cache: Cache) ->
     assert len(cache) == 0
     with cache.batch():
         pass
+
+
+def test_batch_takes_operations_in_its_block_only(cache: Cache) -> None:
+    batch = cache.batch()
+    operations: list[Callable[[], Pending]] = [
+        lambda: batch.get("a"),
+        lambda: batch.set("a", 1),
+        lambda: batch.add("a", 1),
+        lambda: batch.replace("a", 1),
+        lambda: batch.delete("a"),
+        lambda: batch.touch("a"),
+        lambda: batch.incr("a", initial=0),
+        lambda: batch.decr("a", initial=0),
+    ]
+    for operation in operations:
+        with pytest.raises(RuntimeError, match=r"has not begun: write `with cache\.batch\(\) as batch:`"):
+            operation()
+    with batch:
+        batch.set("b", 2)
+        with pytest.raises(RuntimeError, match="has not ended"), batch:
+            pass
+    for operation in operations:
+        with pytest.raises(RuntimeError, match=r"inside its `with` block only, and .* has ended: write"):
+            operation()
+    with pytest.raises(RuntimeError, match=r"for one `with` block, and .* has ended: make another"), batch:
+        pass
+    assert dict(cache.items()) == {"b": 2}
+
+
+def test_batch_says_why_there_is_no_result(cache: Cache) -> None:
+    def result(fails: Callable[[Batch], object]) -> Pending:
+        with pytest.raises((ZeroDivisionError, SerializationError)), cache.batch() as batch:
+            pending = batch.get("a")
+            with pytest.raises(RuntimeError, match=r"there is no result: .* has not ended"):
+                _ = pending.value
+            fails(batch)
+        return pending
+
+    with pytest.raises(RuntimeError, match="block of the batch raised ZeroDivisionError, so nothing was performed"):
+        _ = result(lambda batch: 1 // 0).value
+    with pytest.raises(RuntimeError, match="failed at the end of its `with` block, with SerializationError"):
+        _ = result(lambda batch: batch.set("a", object())).value
+
+
+@pytest.mark.parametrize("step", [True, 1.5, "1", None, 2**63 + 1], ids=repr)
+def test_batch_refuses_the_steps_that_incr_refuses(cache: Cache, step: Any) -> None:
+    for operation in (Batch.incr, Batch.decr):
+        with pytest.raises((TypeError, OverflowError), match="delta"), cache.batch() as batch:
+            batch.set("a", 1)
+            operation(batch, "n", step, 0)
+    assert len(cache) == 0
 
 
 def test_batch_get_counts_as_a_use(make_cache: MakeCache) -> None:
