@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -241,15 +242,28 @@ class Cache(Store):
         return self.default_ttl_ns / 1e9 if self.default_ttl_ns else None
 
     # --- more operations --------------------------------------------------------------------------------------------
-    def get_or_set(self, key: object, factory: Callable[[], Any] | Any, ttl: object = DEFAULT) -> Any:
-        """The value of `key`; if it is missing, `factory()` (or `factory` itself, if not callable) is stored first.
+    def get_or_set(self, key: object, factory: Callable[[], Any], ttl: object = DEFAULT) -> Any:
+        """The value of `key`; if it is missing, `factory()` is stored first.
 
-        If another process stores the key while `factory` runs, its value stays and is returned.
+        If another process stores the key while `factory` runs, its value stays and is returned. `factory` is a plain
+        function; for coroutine functions there is `memoize`.
         """
+        if not callable(factory):
+            raise TypeError(
+                f"factory is a function that returns the value, not {type(factory).__name__} ({factory!r}): write "
+                f"get_or_set(key, lambda: value)"
+            )
         value = self.get(key, DEFAULT)
         if value is not DEFAULT:
             return value
-        value = factory() if callable(factory) else factory
+        value = factory()
+        if inspect.isawaitable(value):
+            if inspect.iscoroutine(value):
+                value.close()  # or Python would warn that it was never awaited
+            raise TypeError(
+                f"get_or_set takes a plain function, and factory returned an awaitable ({type(value).__name__}): use "
+                f"memoize for an `async def`, or await the result first"
+            )
         if self.add(key, value, ttl):
             return value
         return self.get(key, value)

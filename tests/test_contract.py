@@ -444,7 +444,7 @@ def test_default_ttl(make_cache: MakeCache, clock: Clock, shape: str) -> None:
     assert cache.touch("own")
     assert cache.touch("none")
     assert cache.ttl("own") == cache.ttl("none") == 10.0
-    assert cache.get_or_set("made", 1) == 1
+    assert cache.get_or_set("made", lambda: 1) == 1
     with cache.batch() as batch:
         batch.set("batched", 0)
     assert cache.ttl("made") == cache.ttl("batched") == 10.0
@@ -859,8 +859,6 @@ def test_get_or_set(cache: Cache, clock: Clock) -> None:
     assert cache.get_or_set("k", factory, ttl=10) == [1]
     assert cache.get_or_set("k", factory) == [1]
     assert cache.ttl("k") == 10.0
-    assert cache.get_or_set("l", "plain") == "plain"
-    assert cache.get_or_set("l", "other") == "plain"
     clock.advance(10)
     assert cache.get_or_set("k", factory) == [2]
 
@@ -872,6 +870,26 @@ def test_get_or_set(cache: Cache, clock: Clock) -> None:
     with pytest.raises(ZeroDivisionError):
         cache.get_or_set("n", lambda: 1 // 0)
     assert "n" not in cache
+
+
+def test_get_or_set_takes_plain_functions_only(cache: Cache) -> None:
+    cache.set("k", 1)
+    for key in ("k", "l"):
+        with pytest.raises(TypeError, match=r"not str \('plain'\): write get_or_set\(key, lambda: value\)"):
+            cache.get_or_set(key, "plain")  # type: ignore[arg-type]
+
+    async def coroutine() -> int:
+        return 1
+
+    class Awaitable:
+        def __await__(self) -> Iterator[None]:
+            yield
+
+    for factory in (coroutine, Awaitable):
+        # A coroutine that was never awaited nor closed would be a warning here, and so an error.
+        with pytest.raises(TypeError, match=r"plain function, .* awaitable .*memoize for an `async def`, or await"):
+            cache.get_or_set("l", factory)
+    assert "l" not in cache
 
 
 def test_clear_empties_every_shard(cache: Cache) -> None:

@@ -126,7 +126,7 @@ def with_key(cache: Cache, key: Any) -> list[Callable[[], Any]]:
         lambda: cache.incr(key, initial=0),
         lambda: cache.decr(key, initial=0),
         lambda: cache.info(key),
-        lambda: cache.get_or_set(key, 1),
+        lambda: cache.get_or_set(key, lambda: 1),
         lambda: cache.get_many(["old", key]),
         lambda: cache.delete_many(["old", key]),
         in_batch,
@@ -222,7 +222,7 @@ def test_values_larger_than_the_cache(cache: Cache) -> None:
         lambda value: cache.replace("old", value),
         lambda value: cache.cas("old", value, before.version),
         lambda value: cache.set_many({"old": value}),
-        lambda value: cache.get_or_set("new", value),
+        lambda value: cache.get_or_set("new", lambda: value),
     ]
     for size in (most, most + 1, 10 * most):
         for operation in operations:
@@ -262,7 +262,7 @@ def with_ttl(cache: Cache, ttl: Any) -> list[Callable[[], Any]]:
         lambda: cache.incr("new", 1, 0, ttl),
         lambda: cache.decr("new", 1, 0, ttl),
         lambda: cache.set_many({"new": 1, "old": 2}, ttl),
-        lambda: cache.get_or_set("new", 1, ttl),
+        lambda: cache.get_or_set("new", lambda: 1, ttl),
         lambda: cache.memoize(ttl=ttl)(len)("abc"),
         lambda: in_batch("set", 1),
         lambda: in_batch("touch"),
