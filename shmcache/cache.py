@@ -280,15 +280,23 @@ class Cache(Store):
 
         `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. `name`
         tells functions apart; without it that is module, qualified name and code, so a changed function does not read
-        what it stored before. Functions that differ only in variables of a function around them need names. Processes
-        that miss at the same time compute at the same time.
+        what it stored before. Of the variables of a function around it, keys count with the value they have when it is
+        decorated, functions with their code, classes and modules with their names; any other value is a TypeError
+        unless there is a `key` or a `name`. Processes that miss at the same time compute at the same time.
 
         The decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
         """
-        if not callable(ttl) and not isinstance(ttl, Default):
-            ttl_to_ns(ttl)  # raises now rather than at the first call
         if callable(ttl):
             raise TypeError("memoize takes arguments: write @cache.memoize() rather than @cache.memoize")
+        # Raise now rather than at the first call.
+        if not isinstance(ttl, Default):
+            ttl_to_ns(ttl)
+        if key is not None and not callable(key):
+            raise TypeError(
+                f"key is a function of the arguments that returns a key, or None, not {type(key).__name__} ({key!r})"
+            )
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name is a str or None, not {type(name).__name__} ({name!r})")
         return functools.partial(memoize, self, ttl, key, name)
 
     # --- iteration --------------------------------------------------------------------------------------------------
