@@ -17,8 +17,8 @@ from shmcache import segment
 from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
-from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
-from shmcache.errors import GeometryMismatch
+from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
+from shmcache.errors import GeometryMismatch, SegmentTooLarge
 from shmcache.memoize import Memoized, memoize
 from shmcache.segment import Wish
 from shmcache.stats import EntryInfo, Stats, collect
@@ -60,7 +60,8 @@ class Cache(Store):
     - `max_entries`: the most entries it holds (default: one for each 512 bytes)
     - `default_ttl`: seconds an entry lives if `set` is given no `ttl`; None for no expiry (default: the creator's)
     - `eviction`: which entry goes when there is no room: "lru"
-    - `shards`: independent parts with a lock each (default: one for each 16 MB and 4,096 entries, at most 16)
+    - `shards`: independent parts with a lock each, at most 64 (default: one for each 16 MB and 4,096 entries, at most
+      16, or more from 512 GiB on)
     - `serializer`: "msgpack", "pickle" (never read data that others can write with it), or an object with `dumps` and
       `loads`
     - `lock_timeout`: seconds to wait for a lock that a live process holds before LockTimeout is raised
@@ -114,32 +115,33 @@ class Cache(Store):
         return cls(name, **options, _create=False)
 
     @classmethod
-    def from_env(cls, **options: Any) -> Self:
-        """A cache as the environment says; `options` are passed on and win.
+    def from_env(cls, **defaults: Any) -> Self:
+        """A cache as the environment says; `defaults`, the arguments of `Cache`, hold where a variable is not set.
 
-        CACHE_NAME (default "default"), CACHE_MAX_SIZE (entries), CACHE_TTL (seconds), CACHE_MAX_MEMORY_MB. A bad value
-        is a ValueError that names the variable.
+        The variables are CACHE_NAME (else `name`, else "default"), CACHE_MAX_SIZE (`max_entries`), CACHE_TTL
+        (`default_ttl`, in seconds) and CACHE_MAX_MEMORY_MB (`max_bytes`, in MB). An empty one counts as not set. A
+        value that makes no cache, or not the live one, is an error that names the variable.
         """
-        given: dict[str, Any] = {}
-        used = []
-        for variable, option, convert in (
-            ("CACHE_NAME", "name", _named),
-            ("CACHE_MAX_SIZE", "max_entries", lambda text: _count(_number(int, text), "entries", MAX_ENTRIES)),
-            ("CACHE_TTL", "default_ttl", lambda text: ttl_to_ns(_number(float, text), "seconds") / 1e9),
-            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: parse_size(f"{_number(float, text)} MB", "memory")),
-        ):
+        options = {"name": "default", **defaults}
+        said: dict[str, str] = {}
+        for variable, option, convert in _VARIABLES:
             text = os.environ.get(variable, "").strip()
-            if text and option not in options:
+            if text:
                 try:
-                    given[option] = convert(text)
+                    options[option] = convert(text)
                 except ValueError as error:
                     raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
-                used.append(f"{variable}={text!r}")
+                said[option] = f"{variable}={text!r}"
         try:
-            Wish("default", max_bytes=given.get("max_bytes"), max_entries=given.get("max_entries")).geometry()
-        except ValueError as error:
-            raise ValueError(f"{' and '.join(used)} in the environment: {error}") from None
-        return cls(**{"name": "default", **given, **options})
+            return cls(**options)
+        except (SegmentTooLarge, ValueError) as error:
+            # Messages about the geometry name the arguments that do not do; SegmentTooLarge is about one only.
+            guilty = [said[option] for option in said if f"{option}=" in str(error)]
+            if isinstance(error, SegmentTooLarge) and "max_bytes" in said:
+                guilty = [said["max_bytes"]]
+            if not guilty or type(error) not in (ValueError, GeometryMismatch, SegmentTooLarge):
+                raise
+            raise type(error)(f"{' and '.join(guilty)} in the environment: {error}") from error
 
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self, wish: Wish) -> None:
@@ -378,13 +380,53 @@ def _policy(eviction: str | None) -> str | None:
     return eviction
 
 
-def _named(name: str) -> str:
-    segment.check_name(name)
-    return name
+# --- the environment ------------------------------------------------------------------------------------------------
+def _named(text: str) -> str:
+    segment.check_name(text)
+    return text
 
 
-def _number(kind: Callable[[str], int | float], text: str) -> Any:
+def _entries(text: str) -> int:
     try:
-        return kind(text)
+        number = int(text)
     except ValueError:
-        raise ValueError(f"expected a {'whole ' if kind is int else ''}number greater than 0") from None
+        number = 0
+    if not 1 <= number <= MAX_ENTRIES:
+        raise ValueError(f"expected a whole number of entries, 1 to {MAX_ENTRIES:,}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number, most = _float(text), MAX_TTL_NS // 10**9
+    if not 0 < number <= most:
+        raise ValueError(
+            f"expected a number of seconds greater than 0 and at most {most:,} (146 years); leave it unset for no "
+            f"expiry, or for the default_ttl that the program gives"
+        )
+    return number
+
+
+def _megabytes(text: str) -> int:
+    number, limit = _float(text), 1 << 43
+    if not 0 < number < limit:
+        raise ValueError(
+            f"expected a number of MB (1,048,576 bytes) greater than 0 and less than {limit:,}, such as 64"
+        )
+    return int(number * 2**20) or 1
+
+
+def _float(text: str) -> float:
+    """The number, or NaN, which no range has."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+_VARIABLES: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
+    ("CACHE_NAME", "name", _named),
+    ("CACHE_MAX_SIZE", "max_entries", _entries),
+    ("CACHE_TTL", "default_ttl", _seconds),
+    ("CACHE_MAX_MEMORY_MB", "max_bytes", _megabytes),
+)
+"""Each variable of `Cache.from_env`, the argument it stands for, and what makes the one of the other."""
