@@ -519,11 +519,13 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
     """Give the segment all its memory now: a full /dev/shm is an error here, not a SIGBUS later."""
     room = os.statvfs(DIRECTORY)
     free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-    asked = f"cache {wish.name!r} asks for {wish.geometry().max_bytes:,} bytes, but"
+    max_bytes = wish.geometry().max_bytes
+    asked = f"cache {wish.name!r} asks for {max_bytes:,} bytes, but"
+    enough = _round_size(total - free + max_bytes)
     no_room = SegmentTooLarge(
         f"{asked} {DIRECTORY} has {free:,} free of {total:,}. Ask for a smaller max_bytes, or make it larger: "
-        f"Docker `--shm-size=1g` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` mounted "
-        f"at /dev/shm; otherwise `mount -o remount,size=1g /dev/shm`"
+        f"Docker `--shm-size={enough}` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` and "
+        f"`sizeLimit: {enough.upper()}i` mounted at /dev/shm; otherwise `mount -o remount,size={enough} /dev/shm`"
     )
     if total and size > free:
         raise no_room
@@ -542,6 +544,13 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
             raise no_room from error
         raise
+
+
+def _round_size(size: int) -> str:
+    """A size of /dev/shm that is no smaller, as Docker and mount take it: a power of two in MiB, or whole GiB."""
+    if size > 2**29:
+        return f"{-(-size // 2**30)}g"
+    return f"{max(2**20, 1 << (size - 1).bit_length()) >> 20}m"
 
 
 def _file_paths(name: str, shards: int) -> list[str]:

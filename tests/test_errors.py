@@ -728,7 +728,8 @@ def test_more_than_there_is_in_shared_memory(name: str) -> None:
             assert type(caught.value) is SegmentTooLarge
             message = str(caught.value)
             assert f"of {total:,}" in message
-            assert "--shm-size" in message
+            enough = -(-size // 2**30)
+            assert f"--shm-size={enough}g" in message or f"--shm-size={enough + 1}g" in message
             assert "Kubernetes" in message
             assert "medium: Memory" in message
         assert files_left() == []
@@ -785,7 +786,9 @@ def test_a_small_shared_memory_is_an_error_at_creation(tmp_path: Path) -> None:
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
-    assert "--shm-size" in answer.stdout
+    assert "`--shm-size=4m`" in answer.stdout
+    assert "`sizeLimit: 4Mi`" in answer.stdout
+    assert "`mount -o remount,size=4m /dev/shm`" in answer.stdout
 
 
 def test_more_processes_than_places(make_cache: MakeCache) -> None:
