@@ -1107,7 +1107,7 @@ def test_counters_add_up(cache: Cache, clock: Clock) -> None:
     cache.touch("a")
     cache.set_many({"c": 1, "d": 2})
     stats = cache.stats()
-    assert (stats.hits, stats.misses, stats.hit_ratio) == (0, 0, 0.0)
+    assert (stats.hits, stats.misses, stats.hit_ratio) == (0, 0, None)
     assert (stats.sets, stats.deletes, stats.entries) == (7, 0, 4)
     cache.get("a")
     cache.get("x")
