@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, segment
+from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, reaper, segment
 from shmcache.engine import layout
 from tests.processes import DEADLINE, Child, Family, Gate, Interpreter, no_gc, run_python, until
 
@@ -382,6 +382,8 @@ def test_an_ephemeral_cache_goes_with_its_last_process(name: str, leave: Callabl
             process.ask(create)
         processes[0].ask("c.set('key', 'value')")
         until(lambda: len(reapers(name)) == 1, 5)
+        program, lock_file = reapers(name)[0].cmdline()[-2:]
+        assert (Path(program).name, lock_file) == ("reaper_process.py", str(segment.lock_path(name)))
         for process in processes[:2]:
             leave(process)
             assert files(name) != []
@@ -398,6 +400,20 @@ def test_an_ephemeral_cache_goes_with_its_last_process(name: str, leave: Callabl
         leave(again)
         until(lambda: files(name) == [], 5)
         until(lambda: reapers(name) == [], 5)
+
+
+def test_a_reaper_that_cannot_be_started_is_a_warning(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "other").open("w") as other, (tmp_path / "lock").open("w") as lock:
+        status = os.stat(lock.fileno())
+        with monkeypatch.context() as patched:
+            # It finds another file at the number of the descriptor than its parent did.
+            patched.setattr(os, "fstat", lambda _: status)
+            reaper.start_reaper(other.fileno(), 64, [f"{segment.lock_path(name)}"])
+    assert "no reaper could be started" in caplog.text
+    assert "exit status 1" in caplog.text
+    assert reapers(name) == []
 
 
 def test_an_ephemeral_cache_outlives_those_that_attach_to_it_and_go(name: str) -> None:
