@@ -111,6 +111,9 @@ class Batch:
             raise
         for each, outcome in zip(pending, outcomes, strict=True):
             each._outcome = outcome
+        for status, stopped in outcomes:
+            if status >= layout.UNDONE:
+                raise stopped
 
     def _add(self, operation: tuple[int, object, object, object], default: Any = None) -> Pending:
         if self._state != _OPEN:

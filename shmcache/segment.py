@@ -84,7 +84,7 @@ class Attachment:
         self.name = name
         self.segment_fd = segment_fd
         self.lock_fd = lock_fd
-        self._identities = (_identity(segment_fd), _identity(lock_fd))
+        self._identities = (_file(segment_fd)[0], _file(lock_fd)[0])
         self._detached = False
         self.users = 0
         self.data = memoryview(mmap.mmap(segment_fd, size))
@@ -115,17 +115,13 @@ class Attachment:
 
     def is_current(self) -> bool:
         """Whether both files still have their names, and this process its descriptors (a daemon may close them all)."""
-        return self._owns() == (True, True) and all(os.fstat(fd).st_nlink for fd in (self.segment_fd, self.lock_fd))
-
-    def _owns(self) -> tuple[bool, bool]:
-        """Whether the descriptors of segment and lock file still are these."""
-        here = (_identity(self.segment_fd), _identity(self.lock_fd))
-        return here[0] == self._identities[0], here[1] == self._identities[1]
+        files = (_file(self.segment_fd), _file(self.lock_fd))
+        return all(names and file == known for (file, names), known in zip(files, self._identities, strict=True))
 
     def disown(self) -> None:
         """Forget descriptors that somebody has closed: their numbers, and the locks that went with them, are lost."""
-        owned = self._owns()
-        if owned == (True, True):
+        owned = (_file(self.segment_fd)[0] == self._identities[0], _file(self.lock_fd)[0] == self._identities[1])
+        if all(owned):
             return
         # The mapping has a duplicate of its descriptor, and freeing the one would close the number of the other.
         _kept.append(self.data)
@@ -151,6 +147,8 @@ class Attachment:
 
     def detach(self) -> None:
         """One user less; the last one gives the process's place back, and unlinks an ephemeral cache nobody uses."""
+        if self.users == 1:
+            self._wait_for_own_threads()
         self.users -= 1
         if self.users > 0 or self._detached:
             return
@@ -167,6 +165,22 @@ class Attachment:
         self.close_files()
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
 
+    def _wait_for_own_threads(self) -> None:
+        """Let no thread of this process take a lock any more, and wait for one that has: nobody could tell it lives.
+
+        Compiled code lets no other thread run while it has a lock.
+        """
+        if is_compiled():
+            return
+        fd = self.guard.fd
+        self.guard.close()
+        try:
+            for shard in self.shards:
+                shard.wait_for_own_thread()
+        except BaseException:  # it is this very thread, interrupted by a signal handler or a finalizer
+            self.guard.fd = fd
+            raise
+
     def close_files(self) -> None:
         """Close the descriptors."""
         for fd in (self.segment_fd, self.lock_fd):
@@ -175,13 +189,13 @@ class Attachment:
         self.segment_fd = self.lock_fd = -1
 
 
-def _identity(fd: int) -> tuple[int, int] | None:
-    """Device and inode of an open file; None if the descriptor is closed."""
+def _file(fd: int) -> tuple[tuple[int, int] | None, int]:
+    """Device and inode of an open file, and how many names it has; None and 0 if the descriptor is closed."""
     try:
         status = os.fstat(fd)
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return None, 0
+    return (status.st_dev, status.st_ino), status.st_nlink
 
 
 @contextlib.contextmanager
@@ -212,13 +226,16 @@ def attach(wish: Wish) -> Attachment:
     check_name(wish.name)
     with process_mutex():
         attachment = _attachments.get(wish.name)
-        if attachment is None or not attachment.is_current():
-            if attachment is not None:
+        if attachment is not None:
+            attachment.users += 1  # before a finalizer of its last user can run
+            if not attachment.is_current():
+                attachment.users -= 1
                 attachment.disown()
+                attachment = None
+        if attachment is None:
             with _standard_descriptors_taken():
-                attachment = _attach(wish)
-            _attachments[wish.name] = attachment
-        attachment.users += 1
+                attachment = _attachments[wish.name] = _attach(wish)
+            attachment.users = 1
         try:
             attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's
             attachment.check(wish)
@@ -503,7 +520,7 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
             store(words, word, value)
         attachment.open(geometry)
         for shard in attachment.shards:
-            shard.format()
+            shard.format(secrets.randbits(60) << 1)
         for sleeper in attachment.sleepers:
             sleeper.create()
         store(words, layout.H_MAGIC, layout.MAGIC)

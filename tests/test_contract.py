@@ -536,9 +536,14 @@ def test_incr_of_numbers_of_every_size(cache: Cache, number: int) -> None:
 
 
 def test_incr_refuses_what_is_no_integer_or_does_not_fit(cache: Cache) -> None:
-    for value in ("1", 1.0, None, True, b"1", [1], 2**64, 2**63):
+    for value in ("1", 1.0, None, True, b"1", [1], (1,), {1}, "x" * 40):
         cache.set("k", value)
         with pytest.raises(TypeError, match="not an integer of 64 signed bits"):
+            cache.incr("k")
+        assert cache["k"] == value
+    for value in (2**63, 2**64 - 1, 2**64, 2**1000, 2**10_000, -(2**63) - 1, -(2**70)):
+        cache.set("k", value)
+        with pytest.raises(OverflowError, match="does not fit 64 signed bits"):
             cache.incr("k")
         assert cache["k"] == value
     cache.set("k", 2**63 - 1)

@@ -865,7 +865,7 @@ def test_a_lock_held_by_a_stopped_process_is_a_timeout_for_writers_only(make_cac
     os.waitpid(pid, os.WUNTRACED)
     try:
         assert words[at]
-        with pytest.raises(LockTimeout, match=r"live process has held the lock.*lock_timeout.*SIGSTOP"):
+        with pytest.raises(LockTimeout, match=rf"lock_timeout.*live process has it.* {pid}: .*SIGSTOP"):
             cache.set("old", "never")
         assert cache.get("old") == "value"
     finally:

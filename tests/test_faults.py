@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
+import threading
+import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from shmcache import Cache, CorruptSegment, segment
-from shmcache.engine import layout
-from shmcache.engine.primitives import load, store
+from shmcache import Cache, CorruptSegment, LockTimeout, SerializationError, is_compiled, segment
+from shmcache.engine import journal, layout, reader, shard
+from shmcache.engine.primitives import key_hash, load, store
 from tests.conftest import Clock
+from tests.processes import Child, Gate, until
 
 
 def run(program: str, name: str) -> str:
@@ -70,8 +75,8 @@ def test_a_count_that_lies_ends_in_an_error_at_worst(make_cache: Callable[..., C
     cache = make_cache(max_bytes="1MB", max_entries=64, shards=2)
     for number in range(100):
         cache.set(number, "x" * 3000)
-    for shard in range(2):
-        store(cache.attachment.words, cache.attachment.geometry.region(shard).header + getattr(layout, field), lie)
+    for number in range(2):
+        store(cache.attachment.words, cache.attachment.geometry.region(number).header + getattr(layout, field), lie)
     for number in range(200, 260):
         try:
             cache.set(number, "y" * 20_000)
@@ -92,9 +97,9 @@ def test_an_increment_that_has_to_wait_for_room_adds_once(make_cache: Callable[.
     cache.clear()
     for key in by_shard[0]:
         cache.set(key, 0)
-    for shard in (0, 1):
-        region = cache.attachment.geometry.region(shard)
-        assert load(cache.attachment.words, region.header + layout.S_ENTRIES) == (64, 0)[shard]
+    for number in (0, 1):
+        region = cache.attachment.geometry.region(number)
+        assert load(cache.attachment.words, region.header + layout.S_ENTRIES) == (64, 0)[number]
     assert cache.incr(by_shard[1][0], 1, initial=100) == 101
     assert cache.get(by_shard[1][0]) == 101
     with cache.batch() as batch:
@@ -186,3 +191,209 @@ if os.fork() == 0:
 os.wait()
 """
     assert run(program, name) == "True value\n"
+
+
+def leave_half_done(cache: Cache, key: str) -> None:
+    """What a process leaves that dies in the midst of overwriting this key's entry, before its first logged store."""
+    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    version = cache.info(key).version
+    [slot] = [
+        number
+        for number in range(cache.attachment.geometry.slots)
+        if load(words, region.slots + number * layout.SLOT_WORDS) == version
+    ]
+    stamp = load(words, region.header + layout.S_STAMP) + 2
+    store(words, region.header + layout.S_LOCK, (63 << 48) | 12_345)  # nobody
+    store(words, region.header + layout.S_STAMP, stamp)
+    store(words, region.header + layout.S_SUBJECT, slot + 1)
+    store(words, region.slots + slot * layout.SLOT_WORDS, stamp - 1)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda cache: cache.info("key") is not None,
+        lambda cache: list(cache.keys()) == ["key"],
+        lambda cache: list(cache.items()) == [("key", "value")],
+        lambda cache: "key" in cache,
+        lambda cache: cache.ttl("key") is None,
+        lambda cache: cache.get("key") == "value",
+    ],
+    ids=["info", "keys", "items", "in", "ttl", "get"],
+)
+def test_whoever_looks_recovers_what_a_dead_writer_left(
+    make_cache: Callable[..., Cache], look: Callable[[Cache], bool]
+) -> None:
+    cache = make_cache(max_bytes="1MB", max_entries=64, shards=1)
+    cache.set("key", "value")
+    leave_half_done(cache, "key")
+    assert look(cache)
+
+
+def test_a_version_of_an_unlinked_cache_is_none_of_the_next(name: str) -> None:
+    """Somebody unlinks the cache, makes another one and stores the key: `cas` with the old version must fail."""
+    cache = Cache(name, max_bytes="1MB")
+    try:
+        for _ in range(10):
+            cache.set("key", "mine")
+            _, version = cache.gets("key")
+            cache.unlink()
+            cache = Cache(name, max_bytes="1MB")
+            cache.set("key", "somebody else's")
+            assert not cache.cas("key", "mine again", version)
+    finally:
+        cache.close()
+
+
+def test_a_value_that_cannot_be_read_is_the_outcome_of_its_operation_only(make_cache: Callable[..., Cache]) -> None:
+    pickling = make_cache(max_bytes="1MB", serializer="pickle")
+    cache = make_cache(pickling.name)
+    pickling.set("pickled", {1, 2})
+    with cache.batch() as batch:
+        total = batch.incr("total", 5, initial=0)
+        pickled = batch.get("pickled")
+    assert total.value == cache["total"] == 5
+    with pytest.raises(SerializationError, match="pickle"):
+        pickled.value  # noqa: B018
+
+
+def test_a_group_that_is_stopped_half_way_says_what_was_done(make_cache: Callable[..., Cache]) -> None:
+    """The lock of the second shard cannot be had: what the first one did counts, the rest raises."""
+    cache = make_cache(max_bytes="1MB", max_entries=100, shards=2, lock_timeout=0.05)
+    by_shard: dict[int, list[str]] = {0: [], 1: []}
+    for number in range(20):
+        cache.set(f"key{number}", 0)
+        by_shard[cache.info(f"key{number}").shard].append(f"key{number}")
+    before = cache.stats()
+    lock = cache.attachment.geometry.region(1).header + layout.S_LOCK
+    end = Gate()
+
+    def hold() -> None:
+        cache._check_open()  # a forked child takes a place of its own
+        store(cache.attachment.words, lock, cache.attachment.member.owner)
+        end.wait()
+
+    holder = Child(hold)
+    until(lambda: load(cache.attachment.words, lock))
+    with pytest.raises(LockTimeout), cache.batch() as batch:
+        pending = {key: batch.incr(key) for keys in by_shard.values() for key in keys}
+    for key in by_shard[0]:
+        assert pending[key].value == 1
+    for key in by_shard[1]:
+        with pytest.raises(LockTimeout):
+            pending[key].value  # noqa: B018
+    with pytest.raises(LockTimeout):
+        cache.set_many(dict.fromkeys(pending, 7))
+    end.open()
+    assert holder.wait() == 0
+    assert cache.get_many(pending) == {key: 7 if key in by_shard[0] else 0 for key in pending}
+    assert cache.stats().sets - before.sets == 2 * len(by_shard[0])
+
+
+def test_many_small_writes_at_once_take_little_memory(make_cache: Callable[..., Cache]) -> None:
+    cache = make_cache(max_bytes="8MB")
+    numbers = {number: number for number in range(5000)}
+    cache.set_many(numbers)
+    tracemalloc.start()
+    try:
+        cache.set_many(numbers)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2000 * len(numbers)
+
+
+@pytest.mark.skipif(is_compiled(), reason="compiled, no other thread runs while one is in the section")
+def test_closing_waits_for_a_thread_that_is_writing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the thread would look dead while it writes, and another process would take its lock."""
+    cache, other = Cache(name, max_bytes="1MB"), ForkedWriter(name)
+    cache.set("key", "a" * 500)
+    writing, go_on = threading.Event(), threading.Event()
+    write_entry = shard.Shard.write_entry
+
+    def slow(self: Any, request: Any) -> None:
+        writing.set()
+        assert go_on.wait(30)
+        write_entry(self, request)
+
+    monkeypatch.setattr(shard.Shard, "write_entry", slow)
+    writer = threading.Thread(target=lambda: cache.set("key", "b" * 900))
+    closer = threading.Thread(target=cache.close)
+    writer.start()
+    assert writing.wait(30)
+    closer.start()
+    other.write()
+    until(lambda: cache.attachment is None or cache.attachment.guard.fd == -1)
+    assert not other.has_written()
+    go_on.set()
+    writer.join()
+    closer.join()
+    until(other.has_written)
+    other.end()
+    with Cache.attach(name) as cache:
+        assert cache.get("key") == "b" * 900
+        assert cache.get("other") == "z" * 700
+
+
+class ForkedWriter:
+    """A process that writes one entry when it is told to."""
+
+    def __init__(self, name: str) -> None:
+        self.start, self.done = Gate(), mmap.mmap(-1, 1)
+        self.child = Child(self.work, name)
+
+    def work(self, name: str) -> None:
+        self.start.wait()
+        with Cache.attach(name) as cache:
+            cache.set("other", "z" * 700)
+        self.done[0] = 1
+
+    def write(self) -> None:
+        self.start.open()
+
+    def has_written(self) -> bool:
+        return self.done[0] == 1
+
+    def end(self) -> None:
+        assert self.child.wait() == 0
+
+
+@pytest.mark.skipif(is_compiled(), reason="steps a reader through the sources")
+def test_undoing_an_insertion_hides_no_neighbour(
+    make_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader stands in the slot that a rollback gives back to the free ones: it looks again, and finds its key."""
+    cache = make_cache(max_bytes="1MB", max_entries=8, shards=1)
+    words, region, part = cache.attachment.words, cache.attachment.geometry.region(0), cache.attachment.shards[0]
+
+    def bucket(key: str) -> int:
+        data = key.encode()
+        return int(part.table.bucket_of(key_hash(data, len(data), layout.KEY_TEXT, *cache.attachment.secret)))
+
+    cache.set("base", "there")
+    neighbour = next(f"k{number}" for number in range(1000) if bucket(f"k{number}") == bucket("base"))
+    left = []
+    commit = journal.Journal.commit
+
+    def die(self: Any, slot: int) -> None:
+        left.append(bytes(cache.attachment.data))
+        commit(self, slot)
+
+    monkeypatch.setattr(journal.Journal, "commit", die)
+    cache.set(neighbour, "x")
+    monkeypatch.undo()
+    cache.attachment.data[:] = left[0]
+    store(words, region.header + layout.S_LOCK, 0)
+    real_load = reader.load_acquire
+    stepped: list[bool] = []
+
+    def load_acquire(view: memoryview, index: int) -> int:
+        found = real_load(view, index)
+        if index == bucket("base") and not stepped:
+            stepped.append(True)
+            part.recover_locked()
+        return int(found)
+
+    monkeypatch.setattr(reader, "load_acquire", load_acquire)
+    assert cache.get("base") == "there"
+    assert stepped

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmcache import Cache
+from shmcache.codec import Extension
 from shmcache.engine import layout
 from shmcache.engine.layout import Geometry
 from shmcache.engine.primitives import key_hash, load
@@ -26,6 +27,10 @@ def test_the_enum_for_c_equals_the_constants() -> None:
     there = {name: int(value) for name, value in re.findall(r"^    (\w+) = (\d+)$", pxd, re.MULTILINE)}
     assert here.pop("MAGIC") == int.from_bytes(b"SHMCACHE", "big")
     assert there == here
+
+
+def test_the_extension_of_a_large_integer_is_that_of_the_codec() -> None:
+    assert layout.BIG_INT == Extension.BIG_INT
 
 
 def test_the_log_has_the_same_length_in_c() -> None:

@@ -51,15 +51,14 @@ class Blocks:
 
     # --- taking and giving back -------------------------------------------------------------------------------------
     def reserve(self, size: cython.ulonglong) -> bool:
-        """Bring runs with room for `size` bytes into limbo; False when the free ones do not suffice.
+        """Bring runs with room for `size` bytes into limbo, which is empty; each run is a transaction of its own.
 
-        After False, free some more and call again: limbo keeps what it has. Each run is a transaction of its own.
+        False when the free ones do not suffice: limbo has what there was, `reserved` says for how many bytes.
         """
         wanted: cython.ulonglong
         run: cython.ulonglong
         length: cython.ulonglong
-        if not load(self.words, self.header + S_LIMBO):
-            self.reserved = 0
+        self.reserved = 0
         while self.reserved < size:
             wanted = (size - self.reserved + RUN_HEADER_BYTES + BLOCK_BYTES - 1) // BLOCK_BYTES
             run = self.find(wanted)

@@ -114,6 +114,11 @@ class Guard:
             finally:
                 fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
 
+    def close(self) -> None:
+        """Let no thread of this process hold it from now on."""
+        with _own_mutex(_atomic_mutexes).hold():
+            self.fd = -1
+
 
 def try_lock_byte(fd: int, byte: int) -> bool:
     try:

@@ -1,6 +1,6 @@
 cdef class Lru:
     cdef unsigned long long[::1] words
-    cdef unsigned long long header, log, slots, count, limit
+    cdef unsigned long long header, log, slots_at, slots, limit
     cdef unsigned long long at(self, unsigned long long slot) noexcept
     cdef void on_insert(self, unsigned long long slot) noexcept
     cdef bint is_stale(self, unsigned long long slot) noexcept

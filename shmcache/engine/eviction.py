@@ -31,13 +31,13 @@ class Lru:
     cache, whose order is exact, past an eighth of the list in a large one, where most hits then write nothing.
     """
 
-    def __init__(self, words: memoryview, header: int, log: int, slots: int, count: int) -> None:
+    def __init__(self, words: memoryview, header: int, log: int, slots_at: int, slots: int) -> None:
         self.words = words
         self.header = header
         self.log = log
+        self.slots_at = slots_at
         self.slots = slots
-        self.count = count
-        self.limit = 0 if count <= EXACT_ORDER_SLOTS else count >> LAZY_ORDER_SHIFT
+        self.limit = 0 if slots <= EXACT_ORDER_SLOTS else slots >> LAZY_ORDER_SHIFT
 
     def on_insert(self, slot: cython.ulonglong) -> None:
         self.link_front(slot)
@@ -61,7 +61,7 @@ class Lru:
 
     # --- the list ---------------------------------------------------------------------------------------------------
     def at(self, slot: cython.ulonglong) -> int:
-        return self.slots + slot * SLOT_WORDS
+        return self.slots_at + slot * SLOT_WORDS
 
     def link_front(self, slot: cython.ulonglong) -> None:
         ends: cython.ulonglong = load(self.words, self.header + S_ORDER)  # tail in the upper half, head in the lower

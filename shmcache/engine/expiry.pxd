@@ -1,6 +1,6 @@
 cdef class Wheel:
     cdef unsigned long long[::1] words
-    cdef unsigned long long header, log, lists, slots, count
+    cdef unsigned long long header, log, lists, slots_at, slots
     cdef unsigned long long at(self, unsigned long long slot) noexcept
     cdef unsigned long long list_of(self, unsigned long long level, unsigned long long tick) noexcept
     cdef unsigned long long number_of(self, unsigned long long tick) noexcept

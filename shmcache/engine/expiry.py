@@ -32,13 +32,13 @@ __all__ = ["Wheel"]
 class Wheel:
     """The lists of one shard's entries that have an expiry."""
 
-    def __init__(self, words: memoryview, header: int, log: int, lists: int, slots: int, count: int) -> None:
+    def __init__(self, words: memoryview, header: int, log: int, lists: int, slots_at: int, slots: int) -> None:
         self.words = words
         self.header = header
         self.log = log
         self.lists = lists
+        self.slots_at = slots_at
         self.slots = slots
-        self.count = count
 
     def on_insert(self, slot: cython.ulonglong) -> None:
         """Put the slot, whose expiry is set and not 0, into its list."""
@@ -131,7 +131,7 @@ class Wheel:
         return 0
 
     def at(self, slot: cython.ulonglong) -> int:
-        return self.slots + slot * SLOT_WORDS
+        return self.slots_at + slot * SLOT_WORDS
 
     def list_of(self, level: cython.ulonglong, tick: cython.ulonglong) -> int:
         """The word of the list that a level has for a tick."""

@@ -71,6 +71,9 @@ class Journal:
         entry: cython.ulonglong
         word: cython.ulonglong
         stamp: cython.ulonglong
+        # An insertion that is undone sends a reader who stands in its slot to the free ones: no miss counts meanwhile.
+        store(self.words, self.header + S_SEQUENCE, load(self.words, self.header + S_SEQUENCE) | 1)
+        fence_release()
         if used > LOG_ENTRIES:
             used = LOG_ENTRIES
         while used:

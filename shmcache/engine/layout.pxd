@@ -86,6 +86,8 @@ cdef enum:
     KEY_TEXT = 1
     KEY_BYTES = 2
     KEY_PACKED = 3
+    BIG_INT = 5
+    SCRATCH = 4096
     HEAD_AT = 16
     BLOCK_WORDS = 8
     BLOCK_BYTES = 64
@@ -117,6 +119,7 @@ cdef enum:
     OP_PURGE = 9
     OP_CLEAR = 10
     OP_EVICT = 11
+    OP_READ_SLOT = 12
     DONE = 0
     ABSENT = 1
     PRESENT = 2
@@ -125,7 +128,8 @@ cdef enum:
     NOT_A_NUMBER = 5
     OUT_OF_RANGE = 6
     CORRUPT = 7
-    TOO_LARGE = 9
+    TOO_LARGE = 8
+    UNDONE = 9
     NO_ROOM = 10
     FULL = 11
     PAGE = 4096

@@ -1,4 +1,5 @@
-"""Where every word of the segment lies: this file owns the offsets, and `layout.pxd` repeats its constants for C.
+"""Where every word of the segment lies: this file owns the offsets and all other constants of the engine, which
+`layout.pxd` repeats for C.
 
 The segment is an array of 64-bit words in native byte order. A word is the unit of every store.
 
@@ -104,7 +105,7 @@ STATE_REPAIRING = 2  # only the slots count; whoever gets the lock repairs again
 
 L_USED = 0
 L_ENTRIES = 1
-LOG_ENTRIES = 96  # the longest transaction, a removal, stores fewer than 40 words
+LOG_ENTRIES = 96  # five times what the longest transaction, a removal, has been seen to store
 
 BINS = 128
 BIN_BITMAP_WORDS = 2
@@ -133,6 +134,8 @@ KEY_TEXT = 1  # the key bytes are the UTF-8 of a str
 KEY_BYTES = 2
 KEY_PACKED = 3  # msgpack of anything else
 
+BIG_INT = 5  # the msgpack extension of an int beyond 64 bits (codec.py)
+SCRATCH = 4096  # bytes for a copy of a value that a request begins with
 HEAD_AT = 16  # where in a request's small memory the value's head is, behind a number that is the key
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -149,8 +152,8 @@ MAX_KEY_BYTES = 65_535
 SPINS = 100  # looks at a held lock, 1 to 2 us, before a waiter sleeps
 PROBE_NS = 2_000_000  # how long one owner is watched before the kernel is asked whether it lives
 READ_ATTEMPTS = 8  # then a reader takes the lock
+READ_PATIENCE_NS = 50_000_000  # how long it waits for it before it calls its key absent
 CHECK_NS = 250_000_000  # how often an attached process looks whether the files still have names
-READ_PATIENCE_NS = 50_000_000  # how long such a reader waits for it before it calls its key absent
 RUN_BATCH = 4096  # requests performed while the lock is held once, some milliseconds
 PURGE_BATCH = 256  # entries removed while the lock is held once
 SWEEP = 4  # live entries of the timer wheel that each write looks at, and expired ones that it removes
@@ -171,6 +174,7 @@ OP_READ = 8
 OP_PURGE = 9
 OP_CLEAR = 10
 OP_EVICT = 11
+OP_READ_SLOT = 12
 
 DONE = 0
 ABSENT = 1  # the key was not there
@@ -180,8 +184,9 @@ BUSY = 4  # a read collided too often
 NOT_A_NUMBER = 5
 OUT_OF_RANGE = 6
 CORRUPT = 7
-TOO_LARGE = 9
-# These two want something done without the lock, and then the request again:
+TOO_LARGE = 8
+# From here on nothing has been done. The last two want something done without the lock, and then the request again.
+UNDONE = 9  # the turn has not come yet
 NO_ROOM = 10  # the scratch memory of the request is shorter than the value
 FULL = 11  # the cache is, but this shard has next to nothing: another one must evict
 

@@ -2,7 +2,7 @@ from shmcache.engine.membership cimport Member
 
 cdef class Lock:
     cdef unsigned long long[::1] words
-    cdef unsigned long long header
+    cdef unsigned long long header, waited_for
     cdef Member member
     cdef object sleeper, guard
     cdef unsigned long long holder_pid(self)

@@ -48,6 +48,7 @@ class Lock:
         self.member = member
         self.sleeper = sleeper
         self.guard = guard
+        self.waited_for = 0
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free."""
@@ -62,9 +63,9 @@ class Lock:
 
     def release(self) -> int:
         """Give the lock back and wake one waiter."""
-        # The waiters must be read after the lock is free: both are sequentially consistent.
-        swap(self.words, self.header + S_LOCK, 0)
-        if load_acquire(self.words, self.header + S_WAITERS):
+        # Sequentially consistent here and in `wait`: either we see the waiter, or it sees that the lock is free.
+        store_seq_cst(self.words, self.header + S_LOCK, 0)
+        if load_seq_cst(self.words, self.header + S_WAITERS):
             self.wake()
         return 0
 
@@ -101,11 +102,12 @@ class Lock:
                         break
                 since = now
             if now - began > timeout_ns:
+                self.waited_for = suspect
                 break
             self.add_waiters(1)
             woken = False
             try:
-                if load_acquire(self.words, self.header + S_LOCK):
+                if load_seq_cst(self.words, self.header + S_LOCK):
                     woken = self.sleeper.sleep()
             finally:
                 if not woken:
@@ -115,8 +117,8 @@ class Lock:
         return taken
 
     def holder_pid(self) -> int:
-        """The pid of whoever holds the lock, for people to read."""
-        line: cython.ulonglong = load(self.words, self.header + S_LOCK) >> 48
+        """The pid of who held the lock when `acquire` gave up, for people to read."""
+        line: cython.ulonglong = self.waited_for >> 48
         return load(self.words, HEADER_WORDS + line * PROCESS_WORDS + P_PID)
 
     def wake(self) -> int:

@@ -15,7 +15,7 @@ cdef extern from * nogil:
 
     static inline shm_word shm_load_at(const shm_word *w, shm_word n, shm_word i, int order) {
         if (SHM_UNLIKELY(i >= n)) return 0;
-        return order ? __atomic_load_n(w + i, __ATOMIC_SEQ_CST) : __atomic_load_n(w + i, __ATOMIC_RELAXED);
+        return __atomic_load_n(w + i, order);
     }
     static inline void shm_store_at(shm_word *w, shm_word n, shm_word i, shm_word x, int order) {
         if (SHM_UNLIKELY(i >= n)) return;
@@ -43,9 +43,9 @@ cdef extern from * nogil:
         if (SHM_UNLIKELY(i >= n)) return 0;
         return __atomic_compare_exchange_n(w + i, &old, new_, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
     }
-    static inline shm_word shm_swap_at(shm_word *w, shm_word n, shm_word i, shm_word x) {
-        if (SHM_UNLIKELY(i >= n)) return 0;
-        return __atomic_exchange_n(w + i, x, __ATOMIC_SEQ_CST);
+    static inline void shm_store_seq_cst_at(shm_word *w, shm_word n, shm_word i, shm_word x) {
+        if (SHM_UNLIKELY(i >= n)) return;
+        __atomic_store_n(w + i, x, __ATOMIC_SEQ_CST);
     }
     static inline void shm_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
@@ -136,13 +136,14 @@ cdef extern from * nogil:
 
     #define SHM_VIEW(v) (shm_word *)(v).data, (shm_word)(v).shape[0]
     #define SHM_BYTES(v) (unsigned char *)(v).data, (shm_word)(v).shape[0]
-    #define shm_load(v, i) shm_load_at(SHM_VIEW(v), i, 0)
-    #define shm_load_acquire(v, i) shm_load_at(SHM_VIEW(v), i, 1)
+    #define shm_load(v, i) shm_load_at(SHM_VIEW(v), i, __ATOMIC_RELAXED)
+    #define shm_load_acquire(v, i) shm_load_at(SHM_VIEW(v), i, __ATOMIC_ACQUIRE)
+    #define shm_load_seq_cst(v, i) shm_load_at(SHM_VIEW(v), i, __ATOMIC_SEQ_CST)
     #define shm_store(v, i, x) shm_store_at(SHM_VIEW(v), i, x, 0)
     #define shm_store_release(v, i, x) shm_store_at(SHM_VIEW(v), i, x, 1)
     #define shm_logged_store(v, l, i, x) shm_logged_at(SHM_VIEW(v), l, i, x)
     #define shm_cas(v, i, o, x, g) shm_cas_at(SHM_VIEW(v), i, o, x)
-    #define shm_swap(v, i, x) shm_swap_at(SHM_VIEW(v), i, x)
+    #define shm_store_seq_cst(v, i, x) shm_store_seq_cst_at(SHM_VIEW(v), i, x)
     #define shm_fence_acquire() __atomic_thread_fence(__ATOMIC_ACQUIRE)
     #define shm_fence_release() __atomic_thread_fence(__ATOMIC_RELEASE)
     #define shm_copy_in(d, at, from, n) shm_copy_in_at(SHM_BYTES(d), at, from, n)
@@ -164,6 +165,7 @@ cdef extern from * nogil:
     """
     unsigned long long load "shm_load"(unsigned long long[::1] words, unsigned long long index) noexcept
     unsigned long long load_acquire "shm_load_acquire"(unsigned long long[::1] words, unsigned long long index) noexcept
+    unsigned long long load_seq_cst "shm_load_seq_cst"(unsigned long long[::1] words, unsigned long long index) noexcept
     void store "shm_store"(unsigned long long[::1] words, unsigned long long index, unsigned long long value) noexcept
     void store_release "shm_store_release"(
         unsigned long long[::1] words, unsigned long long index, unsigned long long value) noexcept
@@ -173,7 +175,7 @@ cdef extern from * nogil:
     bint compare_and_swap "shm_cas"(
         unsigned long long[::1] words, unsigned long long index, unsigned long long old, unsigned long long new,
         object guard) noexcept
-    unsigned long long swap "shm_swap"(
+    void store_seq_cst "shm_store_seq_cst"(
         unsigned long long[::1] words, unsigned long long index, unsigned long long value) noexcept
     void fence_acquire "shm_fence_acquire"() noexcept
     void fence_release "shm_fence_release"() noexcept

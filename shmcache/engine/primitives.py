@@ -24,7 +24,7 @@ def load(words: memoryview, index: int) -> int:
     return int(words[index]) if 0 <= index < len(words) else 0
 
 
-load_acquire = load
+load_acquire = load_seq_cst = load
 
 
 def store(words: memoryview, index: int, value: int) -> None:
@@ -32,7 +32,7 @@ def store(words: memoryview, index: int, value: int) -> None:
         words[index] = value & MASK
 
 
-store_release = store
+store_release = store_seq_cst = store
 
 
 def logged_store(words: memoryview, log: int, index: int, value: int) -> None:
@@ -54,13 +54,6 @@ def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: A
             return False
         store(words, index, new)
         return True
-
-
-def swap(words: memoryview, index: int, value: int) -> int:
-    """Store `value` with a full fence. Only the owner of a word swaps it: this body is not atomic."""
-    old = load(words, index)
-    store(words, index, value)
-    return old
 
 
 def fence_acquire() -> None:

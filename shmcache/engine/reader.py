@@ -65,7 +65,7 @@ class Reader:
         for _attempt in range(READ_ATTEMPTS):
             status = self.read_once(request, now)
             if status == NO_ROOM:
-                request.make_room(request.value_size)
+                request.make_room()
                 status = self.read_once(request, now)
             if status != BUSY and status != NO_ROOM:
                 return status
@@ -73,7 +73,7 @@ class Reader:
         return BUSY
 
     def read_once(self, request: Request, now: cython.ulonglong) -> int:
-        """One attempt: DONE, ABSENT, BUSY after a collision, NO_ROOM when `scratch` is shorter than `value_size`."""
+        """One attempt: DONE, ABSENT, BUSY after a collision, NO_ROOM when `scratch` is too short."""
         sequence: cython.ulonglong = load_acquire(self.words, self.header + S_SEQUENCE)
         link: cython.ulonglong = load_acquire(self.words, self.table.bucket_of(request.hash))
         tag: cython.ulonglong = high(request.hash)
@@ -102,7 +102,7 @@ class Reader:
                         request.version = version
                         request.expiry = load(self.words, word + E_EXPIRY)
                         status = DONE
-                        if request.expiry == 0 or request.expiry > now:
+                        if request.wants_value and (request.expiry == 0 or request.expiry > now):
                             status = self.copy_value(request, run - 1)
                         fence_acquire()
                         if load(self.words, word + E_VERSION) != version:
@@ -129,6 +129,7 @@ class Reader:
             if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
                 return DONE
             return CORRUPT
+        request.room = request.value_size
         return NO_ROOM
 
     def read_slot(self, request: Request, slot: cython.ulonglong, now: cython.ulonglong) -> int:
@@ -153,6 +154,7 @@ class Reader:
         if size > self.max_entry:
             status = CORRUPT
         elif size > cython.cast(cython.ulonglong, len(request.scratch)):
+            request.room = size
             status = NO_ROOM
         elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
             status = CORRUPT

@@ -334,6 +334,7 @@ class Inspector:
         shard: Shard = self.shard
         store(shard.words, shard.header + S_SEQUENCE, load(shard.words, shard.header + S_SEQUENCE) | 1)
         store_release(shard.words, shard.header + S_STATE, STATE_REPAIRING)
+        fence_release()
         store(shard.words, shard.log + L_USED, 0)
         store(shard.words, shard.header + S_SUBJECT, 0)
         store(shard.words, shard.header + S_LIMBO, 0)
@@ -361,12 +362,13 @@ class Inspector:
         shard: Shard = self.shard
         slot: cython.ulonglong
         sizes: cython.ulonglong
+        version: cython.ulonglong
         highest: cython.ulonglong = 0
         for slot in range(shard.slots):
             store(shard.words, shard.table.buckets + slot, 0)
-            sizes = load(shard.words, shard.at(slot) + E_VERSION)
-            if sizes < bit(62) and sizes > highest:
-                highest = sizes
+            version = load(shard.words, shard.at(slot) + E_VERSION)
+            if version < bit(62) and version > highest:
+                highest = version
         if load(shard.words, shard.header + S_STAMP) < highest or load(shard.words, shard.header + S_STAMP) & 1:
             store(shard.words, shard.header + S_STAMP, (highest | 1) + 1)
         store(shard.words, shard.header + S_FREE_SLOT, 0)

@@ -6,12 +6,12 @@ cdef class Request:
     cdef unsigned long long key_size, key_kind, hash
     cdef unsigned char[::1] small
     cdef unsigned char[::1] scratch
-    cdef unsigned long long head_size, body_size, value_size
+    cdef unsigned long long head_size, body_size, value_size, room
     cdef unsigned long long expiry, version, slot, now
     cdef int refusals
     cdef long long number, initial
-    cdef bint keep_expiry, has_initial
-    cdef int make_room(self, unsigned long long size) except -1
+    cdef bint keep_expiry, has_initial, wants_value
+    cdef int make_room(self) except -1
     cdef void release(self)
     cdef int set_key(self, object key) except -1
     cdef object found_key(self)

@@ -33,7 +33,7 @@ class Request:
 
     `key` and `body` point into `key_object`, `body_object` or `small`, which keep the memory alive; run uncompiled they
     are the bytes themselves. A value is its head, in `small` from HEAD_AT on (a msgpack header, or all of a number),
-    and its body. On the way out its copy is in `scratch`.
+    and its body. On the way out its copy is in `scratch`, which is `room` bytes long at least if a read said so.
     """
 
     def __init__(self) -> None:
@@ -41,27 +41,28 @@ class Request:
         self.key_object: object = None
         self.body_object: object = None
         self.small = memoryview(bytearray(32))
-        self.scratch = memoryview(bytearray(4096))
+        self.scratch = memoryview(bytearray(0))  # most writes need none
         self.key_size = self.key_kind = self.hash = 0
-        self.head_size = self.body_size = self.value_size = 0
+        self.head_size = self.body_size = self.value_size = self.room = 0
         self.expiry = self.version = self.slot = self.now = 0
         self.refusals = 0
         self.number = self.initial = 0
         self.keep_expiry = self.has_initial = False
+        self.wants_value = True
         if not cython.compiled:
             self.key = self.body = b""
 
-    def make_room(self, size: cython.ulonglong) -> int:
-        """Make `scratch` at least `size` bytes long; its contents are lost."""
-        if cython.cast(cython.ulonglong, len(self.scratch)) < size:
-            self.scratch = memoryview(bytearray(size))
+    def make_room(self) -> int:
+        """Make `scratch` at least `room` bytes long; its contents are lost."""
+        if cython.cast(cython.ulonglong, len(self.scratch)) < self.room:
+            self.scratch = memoryview(bytearray(max(self.room, SCRATCH)))
         return 0
 
     def release(self) -> None:
         """Let go of the objects of the operation before, and of a scratch that grew large."""
         self.key_object = self.body_object = None
         if len(self.scratch) > 1_048_576:
-            self.scratch = memoryview(bytearray(4096))
+            self.scratch = memoryview(bytearray(SCRATCH))
 
     # --- keys -------------------------------------------------------------------------------------------------------
     def set_key(self, key: object) -> int:

@@ -24,7 +24,7 @@ cdef class Shard:
     cdef Journal journal
     cdef Reader reader
     cdef unsigned long long at(self, unsigned long long slot) noexcept
-    cdef int touch_order(self, Request request) except -1
+    cdef int promote(self, Request request) except -1
     cdef void record_hit_locked(self, Request request) noexcept
     # the section
     cdef int run(self, list[Request] requests, int start, unsigned long long now, unsigned long long timeout_ns) except -1
@@ -48,8 +48,8 @@ cdef class Shard:
     cdef unsigned long long evict_locked(self, unsigned long long now) noexcept
     cdef int expire_locked(self, unsigned long long now, unsigned long long budget) noexcept
     cdef int purge_locked(self, Request request, unsigned long long now) noexcept
-    cdef int add_locked(self, Request request, unsigned long long found, unsigned long long now) noexcept
-    cdef bint number_locked(self, Request request, unsigned long long slot) noexcept
+    cdef int incr_locked(self, Request request, unsigned long long found, unsigned long long now) noexcept
+    cdef int number_locked(self, Request request, unsigned long long slot) noexcept
     cdef bint is_full_locked(self) noexcept
     cdef void count_locked(self, unsigned long long field) noexcept
     cdef void peak_locked(self) noexcept

@@ -104,7 +104,7 @@ class Shard:
         """The word index of a slot."""
         return self.slots_at + slot * SLOT_WORDS
 
-    def touch_order(self, request: Request) -> int:
+    def promote(self, request: Request) -> int:
         """Record a hit in the eviction order, unless somebody else has the lock: recency is not worth waiting for."""
         if cython.compiled:
             if self.lock.try_acquire():
@@ -193,8 +193,8 @@ class Shard:
             return 0
         if not self.lock.acquire(timeout_ns):
             raise LockTimeout(
-                f"a live process has held the lock of a shard for {timeout_ns / 1e9} s (lock_timeout): "
-                f"is it stopped (SIGSTOP, a debugger)? Its pid, as it sees itself, is {self.lock.holder_pid()}"
+                f"the lock of a shard could not be had for {timeout_ns / 1e9} s (lock_timeout): a live process has it, "
+                f"whose pid, as it sees itself, is {self.lock.holder_pid()}: is it stopped (SIGSTOP, a debugger)?"
             )
         if self.is_dirty():
             try:
@@ -212,6 +212,12 @@ class Shard:
             if self.is_dirty():
                 self.recover_locked()
         return self.lock.release()
+
+    def wait_for_own_thread(self) -> None:
+        """Uncompiled: return once no thread of this process holds the lock; LockTimeout if it is this very thread."""
+        if load(self.words, self.header + S_LOCK) == self.member.owner:
+            with self.mutex().hold():
+                pass
 
     def mutex(self) -> Any:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
@@ -235,6 +241,8 @@ class Shard:
             if status == DONE:
                 self.record_hit_locked(request)
             return status
+        if op == OP_READ_SLOT:
+            return self.reader.read_slot(request, request.slot, now)
         self.expire_locked(now, SWEEP)
         found = self.find_locked(request)
         if found:
@@ -247,7 +255,7 @@ class Shard:
         if op == OP_ADD and found:
             return PRESENT
         if op == OP_INCR:
-            return self.add_locked(request, found, now)
+            return self.incr_locked(request, found, now)
         if not found and op >= OP_REPLACE:
             return ABSENT
         if (op == OP_CAS or op == OP_DELETE_VERSION) and (
@@ -465,13 +473,14 @@ class Shard:
             request.number += 1
         return BUSY
 
-    def add_locked(self, request: Request, found: cython.ulonglong, now: cython.ulonglong) -> int:
+    def incr_locked(self, request: Request, found: cython.ulonglong, now: cython.ulonglong) -> int:
         """Add `request.number` to the stored integer, or to `request.initial`; the sum is left in `request.number`."""
         total: cython.longlong
         status: cython.int
         if found:
-            if not self.number_locked(request, found - 1):
-                return NOT_A_NUMBER
+            status = self.number_locked(request, found - 1)
+            if status != DONE:
+                return status
             request.expiry = load(self.words, self.at(found - 1) + E_EXPIRY)
         elif not request.has_initial:
             return ABSENT
@@ -486,29 +495,32 @@ class Shard:
             request.number = total
         return status
 
-    def number_locked(self, request: Request, slot: cython.ulonglong) -> bool:
-        """Put the slot's value into `request.initial`, if it is an integer of at most 64 signed bits."""
+    def number_locked(self, request: Request, slot: cython.ulonglong) -> int:
+        """Put the slot's value into `request.initial`: DONE, NOT_A_NUMBER, or OUT_OF_RANGE of 64 signed bits."""
         size: cython.ulonglong = low(load(self.words, self.at(slot) + E_SIZES))
         run: cython.ulonglong = low(load(self.words, self.at(slot) + E_PLACE)) - 1
         mark: cython.ulonglong
         number: cython.ulonglong
         bits: cython.ulonglong
-        if size > 9 or not self.blocks.read(run, request.key_size, request.scratch, 0, size):
-            return False
-        mark = read_number(request.scratch, 0, 1)
+        if not self.blocks.read(run, request.key_size, request.small, HEAD_AT, min(size, 9)):
+            return NOT_A_NUMBER
+        mark = read_number(request.small, HEAD_AT, 1)
         if size == 1 and (mark < 0x80 or mark >= 0xE0):  # the small integers of msgpack
             request.initial = as_signed(mark if mark < 0x80 else wrap(mark - 256))
-            return True
-        if size == 1 or mark < 0xCC or mark > 0xD3:
-            return False
-        number = read_number(request.scratch, 1, size - 1)
+            return DONE
+        if 0xC7 <= mark <= 0xC9 or 0xD4 <= mark <= 0xD8:  # an extension
+            number = 1 if mark >= 0xD4 else 1 + (1 << (mark - 0xC7))
+            return OUT_OF_RANGE if read_number(request.small, HEAD_AT + number, 1) == BIG_INT else NOT_A_NUMBER
+        if mark < 0xCC or mark > 0xD3:
+            return NOT_A_NUMBER
+        number = read_number(request.small, HEAD_AT + 1, size - 1)
         bits = (size - 1) * 8
         if mark == 0xCF and number >> 63:
-            return False
+            return OUT_OF_RANGE
         if mark >= 0xD0 and bits < 64 and number >> (bits - 1):
             number = wrap(number - bit(bits))
         request.initial = as_signed(number)
-        return True
+        return DONE
 
     def is_full_locked(self) -> bool:
         """Whether a new entry needs another one to go first."""
@@ -559,8 +571,13 @@ class Shard:
         store_release(self.words, self.header + S_STATE, STATE_READY)
         store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
 
-    def format(self) -> None:
-        """Lay out a new shard, before anybody else can see it."""
+    def format(self, stamp: cython.ulonglong) -> None:
+        """Lay out a new shard, before anybody else can see it. Versions begin after `stamp`, an even number.
+
+        Each cache should begin elsewhere: after an unlink, `cas` must not take a version of the old one for one of the
+        new one.
+        """
+        store(self.words, self.header + S_STAMP, stamp)
         store(self.words, self.header + S_STATE, STATE_CLEARING)
         self.format_locked()
 

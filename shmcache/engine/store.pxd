@@ -21,10 +21,11 @@ cdef class Store:
     cdef Shard shard_at(self, unsigned long long number)
     cdef object closed(self)
     cdef int set_ttl(self, Request request, object ttl, unsigned long long now) except -1
-    cdef int find(self, Request request, object key) except -1
+    cdef int find(self, Request request, object key, bint wants_value) except -1
     cdef int change(self, Request request, int op, unsigned long long now) except -1
-    cdef int read_locked(self, Request request, Shard shard, unsigned long long now) except -1
+    cdef int read_locked(self, Request request, Shard shard, int op, unsigned long long now) except -1
     cdef int make_way(self, Request request, list[Shard] shards, unsigned long long now) except -1
+    cdef void count(self, Request request)
     cdef object failure(self, int status)
     cdef int raise_for(self, int status) except -1
     cdef int put(self, int op, object key, object value, object ttl, unsigned long long version) except -1

@@ -3,8 +3,10 @@
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
-back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Request.set_key`, `Reader.read`,
-`Request.value`.
+back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Request.set_key`, `Reader.read`, perhaps
+`Shard.promote`, `Request.value`. A `set` goes: `put`, `now`, `Request.set_key` and `set_value`, `change`,
+`Shard.run_one`, `enter`, `perform_locked`, `put_locked` (evict, reserve blocks, write), `insert_locked` or
+`overwrite_locked`, `leave`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ else:
     from shmcache.engine.request import Request
     from shmcache.engine.shard import Shard
 
-from shmcache.errors import CacheClosed, LockTimeout, SerializationError, ValueTooLarge, contradiction
+from shmcache.errors import (
+    CacheClosed,
+    LockTimeout,
+    SerializationError,
+    ShmcacheError,
+    ValueTooLarge,
+    contradiction,
+)
 
 __all__ = ["DEFAULT", "Default", "Store", "is_compiled", "ttl_to_ns"]
 
@@ -126,7 +135,7 @@ class Store:
     def get(self, key: object, default: Any = None) -> Any:
         """The value of `key`, or `default` if it is missing or expired. A stored None is a hit."""
         request: Request = self.take()
-        if self.find(request, key):
+        if self.find(request, key, True):
             default = request.value(self.decode_value)
         self.give(request)
         return default
@@ -135,7 +144,7 @@ class Store:
         """The value of `key` and its version for `cas`; `(default, None)` if it is missing."""
         request: Request = self.take()
         answer: tuple[Any, int | None] = (default, None)
-        if self.find(request, key):
+        if self.find(request, key, True):
             answer = (request.value(self.decode_value), request.version)
         self.give(request)
         return answer
@@ -145,20 +154,20 @@ class Store:
         request: Request = self.take()
         found = {}
         for key in _several(keys):
-            if self.find(request, key):
+            if self.find(request, key, True):
                 found[key] = request.value(self.decode_value)
         self.give(request)
         return found
 
     def __contains__(self, key: object) -> bool:
         request: Request = self.take()
-        found: cython.bint = self.find(request, key) != 0
+        found: cython.bint = self.find(request, key, False) != 0
         self.give(request)
         return found
 
     def __getitem__(self, key: object) -> Any:
         request: Request = self.take()
-        if not self.find(request, key):
+        if not self.find(request, key, True):
             self.give(request)
             raise KeyError(key)
         value = request.value(self.decode_value)
@@ -168,7 +177,7 @@ class Store:
     def ttl(self, key: object) -> float | None:
         """Seconds until `key` expires, None if it never does; raises KeyError if it is missing."""
         request: Request = self.take()
-        if not self.find(request, key):
+        if not self.find(request, key, False):
             self.give(request)
             raise KeyError(key)
         left: float | None = (request.expiry - request.now) / 1e9 if request.expiry else None
@@ -226,7 +235,7 @@ class Store:
         """Remove `key` and return its value: exactly one of several callers gets it. KeyError without `default`."""
         request: Request = self.take()
         now: cython.ulonglong
-        while self.find(request, key):
+        while self.find(request, key, True):
             value = request.value(self.decode_value)
             now = self.now()
             if self.change(request, OP_DELETE_VERSION, now) == DONE:
@@ -284,7 +293,7 @@ class Store:
         if status == NOT_A_NUMBER:
             return TypeError(f"the value of {key!r} is not an integer of 64 signed bits: incr and decr need one")
         if status == OUT_OF_RANGE:
-            return OverflowError(f"the sum for {key!r} does not fit 64 signed bits: the value is unchanged")
+            return OverflowError(f"the value of {key!r}, or the sum, does not fit 64 signed bits: it is unchanged")
         return KeyError(key)
 
     # --- many at once -----------------------------------------------------------------------------------------------
@@ -302,29 +311,30 @@ class Store:
             requests.append(self._prepare(OP_SET, key, value, ttl, now))
         self._run_all(requests, now)
         for request in requests:
-            self.member.count(C_SETS, request.status == DONE)
-        for request in requests:
             self.raise_for(request.status)
 
     def delete_many(self, keys: Iterable[object]) -> int:
         """Remove the keys, taking each shard's lock once; how many were present."""
         requests = []
         now: cython.ulonglong = self.now()
-        deleted: cython.ulonglong = 0
+        deleted = 0
         request: Request
         for key in _several(keys):
             requests.append(self._prepare(OP_DELETE, key, None, None, now))
         self._run_all(requests, now)
         for request in requests:
             deleted += request.status == DONE
-        self.member.count(C_DELETES, deleted)
         return deleted
 
     def _prepare(self, op: int, key: object, value: Any, ttl: object, now: int) -> Request:
         """A request of its own for `_run_all`."""
         request: Request = Request()
         request.op = op
+        request.status = UNDONE
         request.set_key(key)
+        if op == OP_READ:
+            request.room = SCRATCH
+            request.make_room()
         if op == OP_INCR:
             delta, initial = value
             self.set_step(request, delta, initial)
@@ -338,7 +348,7 @@ class Store:
         return request
 
     def _run_all(self, requests: list[Request], now: int) -> None:
-        """Perform prepared requests, in order within a shard, taking each shard's lock once."""
+        """Perform prepared requests, in order within a shard, taking each shard's lock once, and count them."""
         request: Request
         shard: Shard
         shards = self.shards  # hashes are theirs: another thread may move us to a new segment meanwhile
@@ -347,42 +357,61 @@ class Store:
             raise self.closed()
         for request in requests:
             groups.setdefault(self.shard_number(request), []).append(request)
-        for number in sorted(groups):
-            group = groups[number]
-            shard = shards[number]
-            done = 0
-            while done < len(group):
-                done = shard.run(group, done, now, self.timeout_ns)
-                if done < len(group):
-                    self.make_way(group[done], shards, now)
+        try:
+            for number in sorted(groups):
+                group = groups[number]
+                shard = shards[number]
+                done = 0
+                while done < len(group):
+                    done = shard.run(group, done, now, self.timeout_ns)
+                    if done < len(group):
+                        self.make_way(group[done], shards, now)
+        finally:
+            for request in requests:
+                self.count(request)
+
+    def count(self, request: Request) -> None:
+        """Count a request that was performed."""
+        if request.op == OP_READ and (request.status == DONE or request.status == ABSENT):
+            self.member.count(C_HITS if request.status == DONE else C_MISSES, 1)
+        elif request.status == DONE:
+            if request.op == OP_DELETE:
+                self.member.count(C_DELETES, 1)
+            elif request.op <= OP_CAS:
+                self.member.count(C_SETS, 1)
 
     def _perform(self, operations: list[tuple[int, object, object, object]]) -> list[tuple[int, Any]]:
         """Perform (op, key, value, ttl) each, in order within a shard: status and result, or an exception as result.
 
-        OP_READ gives the value. OP_INCR has (delta, initial) as its value, and gives the sum.
+        OP_READ gives the value. OP_INCR has (delta, initial) as its value, and gives the sum. What stops the group half
+        way, such as LockTimeout, is the result of every operation that was not performed.
         """
         now: cython.ulonglong = self.now()
         requests = [self._prepare(op, key, value, ttl, now) for op, key, value, ttl in operations]
-        request: Request
         outcomes: list[tuple[int, Any]] = []
-        self._run_all(requests, now)
+        stopped: Exception | None = None
+        try:
+            self._run_all(requests, now)
+        except ShmcacheError as error:
+            stopped = error
         for request, operation in zip(requests, operations, strict=True):
-            result: Any = None
-            if request.status >= CORRUPT:
-                result = self.failure(request.status)
-            elif request.op == OP_READ:
-                if request.status == DONE:
-                    result = request.value(self.decode_value)
-                self.member.count(C_HITS if request.status == DONE else C_MISSES, 1)
-            elif request.op == OP_INCR:
-                result = request.number if request.status == DONE else self.incr_error(operation[1], request.status)
-            if request.status == DONE:
-                if request.op == OP_DELETE:
-                    self.member.count(C_DELETES, 1)
-                elif request.op <= OP_CAS:
-                    self.member.count(C_SETS, 1)
-            outcomes.append((request.status, result))
+            outcomes.append(self._outcome(request, operation[1], stopped))
         return outcomes
+
+    def _outcome(self, request: Request, key: object, stopped: Exception | None) -> tuple[int, Any]:
+        """What became of one operation of a group."""
+        if request.status >= UNDONE:
+            return request.status, stopped
+        if request.status >= CORRUPT:
+            return request.status, self.failure(request.status)
+        if request.op == OP_INCR:
+            return request.status, (request.number if request.status == DONE else self.incr_error(key, request.status))
+        if request.op == OP_READ and request.status == DONE:
+            try:
+                return DONE, request.value(self.decode_value)
+            except SerializationError as error:
+                return DONE, error
+        return request.status, None
 
     def clear(self) -> None:
         """Remove every entry. Each shard is emptied as a whole, one after the other."""
@@ -439,14 +468,18 @@ class Store:
         tries: cython.int
         while place < total and len(entries) < count:
             shard = shards[place // slots]
+            request.slot = place % slots
             tries = 0
             status = BUSY
-            while status == BUSY and tries < 1000:
-                status = shard.reader.read_slot(request, place % slots, now)
+            while status == BUSY and tries < READ_ATTEMPTS:
+                status = shard.reader.read_slot(request, request.slot, now)
                 if status == NO_ROOM:
-                    request.make_room(request.key_size + request.value_size)
+                    request.make_room()
                     status = BUSY
                 tries += 1
+            if status == BUSY:  # somebody is changing this entry, or died while doing so
+                status = self.read_locked(request, shard, OP_READ_SLOT, now)
+            self.raise_for(status)
             if status == DONE:
                 key = request.found_key()
                 if values:
@@ -462,11 +495,16 @@ class Store:
         """(version, ns left or 0, key bytes, value bytes, shard), without counting a hit."""
         now: cython.ulonglong = self.now()
         request: Request = self.take()
+        request.wants_value = False
         request.set_key(key)
-        shard: Shard = self.shard_of(request)
-        number = self.shards.index(shard)
+        number: cython.ulonglong = self.shard_number(request)
+        shard: Shard = self.shard_at(number)
+        status: cython.int = shard.reader.read(request, now)
         answer = None
-        if shard.reader.read(request, now) == DONE:
+        if status == BUSY:
+            status = self.read_locked(request, shard, OP_READ, now)
+        self.raise_for(status)
+        if status == DONE:
             left = request.expiry - now if request.expiry else 0
             answer = (request.version, left, request.key_size, request.value_size, number)
         self.give(request)
@@ -527,33 +565,34 @@ class Store:
     def closed(self) -> Exception:
         return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
 
-    def find(self, request: Request, key: object) -> int:
-        """Look `key` up and count it: 1 with a copy of the value in the request, or 0."""
+    def find(self, request: Request, key: object, wants_value: cython.bint) -> int:
+        """Look `key` up and count it: 1 with, if wanted, a copy of the value in the request, or 0."""
         now: cython.ulonglong = self.now()
         request.now = now
+        request.wants_value = wants_value
         request.set_key(key)
         shard: Shard = self.shard_of(request)
         status: cython.int = shard.reader.read(request, now)
         if status == BUSY:
-            status = self.read_locked(request, shard, now)
+            status = self.read_locked(request, shard, OP_READ, now)
         if status == DONE:
             if shard.order.is_stale(request.slot):
-                shard.touch_order(request)
+                shard.promote(request)
             self.member.count(C_HITS, 1)
             return 1
         self.raise_for(status)
         self.member.count(C_MISSES, 1)
         return 0
 
-    def read_locked(self, request: Request, shard: Shard, now: cython.ulonglong) -> int:
+    def read_locked(self, request: Request, shard: Shard, op: cython.int, now: cython.ulonglong) -> int:
         """Read as the owner of the lock. A holder that is stopped must not stop readers, so this soon gives up."""
-        request.op = OP_READ
+        request.op = op
         status: cython.int = NO_ROOM
         try:
             while status == NO_ROOM:
                 status = shard.run_one(request, now, READ_PATIENCE_NS)
                 if status == NO_ROOM:
-                    request.make_room(request.value_size)
+                    request.make_room()
         except LockTimeout:
             return BUSY
         return status
@@ -592,7 +631,7 @@ class Store:
         shard: Shard
         fullest: Shard = shards[0]
         if request.status == NO_ROOM:
-            return request.make_room(request.value_size)
+            return request.make_room()
         if request.status != FULL:
             return 0
         for shard in shards:

@@ -35,7 +35,7 @@ Operation: TypeAlias = Callable[[Cache], object]
 
 
 # --- dying at a store -----------------------------------------------------------------------------------------------
-STORES = {"store", "store_release", "logged_store", "compare_and_swap", "swap", "copy_in"}
+STORES = {"store", "store_release", "logged_store", "compare_and_swap", "store_seq_cst", "copy_in"}
 ENGINE = Path(engine.__file__).parent
 
 # Stores outside of any critical section, or that no death can come between.
@@ -76,8 +76,8 @@ def arm(last: int) -> None:
         step()
         return real_copy_in(data, at, source, size)
 
-    # `logged_store`, `compare_and_swap` and `swap` call the `store` of their module, so each of theirs counts too.
-    stand_ins = {"store": store, "store_release": store, "copy_in": copy_in}
+    # `logged_store` and `compare_and_swap` call the `store` of their module, so each of theirs counts too.
+    stand_ins = {"store": store, "store_release": store, "store_seq_cst": store, "copy_in": copy_in}
     for path, module in list(sys.modules.items()):
         if path.startswith("shmcache.engine."):
             for name, stand_in in stand_ins.items():
