@@ -9,10 +9,10 @@ Run it from this directory:
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import multiprocessing
 import os
-import sys
 
 from shmcache import Cache
 
@@ -49,4 +49,6 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "spawn")
+    parser = argparse.ArgumentParser(description="Share what the workers of a pool compute.")
+    parser.add_argument("method", nargs="?", default="spawn", choices=multiprocessing.get_all_start_methods())
+    main(parser.parse_args().method)

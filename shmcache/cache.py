@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -16,8 +17,8 @@ from shmcache import segment
 from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
-from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
-from shmcache.errors import GeometryMismatch
+from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
+from shmcache.errors import GeometryMismatch, SegmentTooLarge
 from shmcache.memoize import Memoized, memoize
 from shmcache.segment import Wish
 from shmcache.stats import EntryInfo, Stats, collect
@@ -59,7 +60,8 @@ class Cache(Store):
     - `max_entries`: the most entries it holds (default: one for each 512 bytes)
     - `default_ttl`: seconds an entry lives if `set` is given no `ttl`; None for no expiry (default: the creator's)
     - `eviction`: which entry goes when there is no room: "lru"
-    - `shards`: independent parts with a lock each (default: one for each 16 MB and 4,096 entries, at most 16)
+    - `shards`: independent parts with a lock each, at most 64 (default: one for each 16 MB and 4,096 entries, at most
+      16, or more from 512 GiB on)
     - `serializer`: "msgpack", "pickle" (never read data that others can write with it), or an object with `dumps` and
       `loads`
     - `lock_timeout`: seconds to wait for a lock that a live process holds before LockTimeout is raised
@@ -113,32 +115,33 @@ class Cache(Store):
         return cls(name, **options, _create=False)
 
     @classmethod
-    def from_env(cls, **options: Any) -> Self:
-        """A cache as the environment says; `options` are passed on and win.
+    def from_env(cls, **defaults: Any) -> Self:
+        """A cache as the environment says; `defaults`, the arguments of `Cache`, hold where a variable is not set.
 
-        CACHE_NAME (default "default"), CACHE_MAX_SIZE (entries), CACHE_TTL (seconds), CACHE_MAX_MEMORY_MB. A bad value
-        is a ValueError that names the variable.
+        The variables are CACHE_NAME (else `name`, else "default"), CACHE_MAX_SIZE (`max_entries`), CACHE_TTL
+        (`default_ttl`, in seconds) and CACHE_MAX_MEMORY_MB (`max_bytes`, in MB). An empty one counts as not set. A
+        value that makes no cache, or not the live one, is an error that names the variable.
         """
-        given: dict[str, Any] = {}
-        used = []
-        for variable, option, convert in (
-            ("CACHE_NAME", "name", _named),
-            ("CACHE_MAX_SIZE", "max_entries", lambda text: _count(_number(int, text), "entries", MAX_ENTRIES)),
-            ("CACHE_TTL", "default_ttl", lambda text: ttl_to_ns(_number(float, text), "seconds") / 1e9),
-            ("CACHE_MAX_MEMORY_MB", "max_bytes", lambda text: parse_size(f"{_number(float, text)} MB", "memory")),
-        ):
+        options = {"name": "default", **defaults}
+        said: dict[str, str] = {}
+        for variable, option, convert in _VARIABLES:
             text = os.environ.get(variable, "").strip()
-            if text and option not in options:
+            if text:
                 try:
-                    given[option] = convert(text)
+                    options[option] = convert(text)
                 except ValueError as error:
                     raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
-                used.append(f"{variable}={text!r}")
+                said[option] = f"{variable}={text!r}"
         try:
-            Wish("default", max_bytes=given.get("max_bytes"), max_entries=given.get("max_entries")).geometry()
-        except ValueError as error:
-            raise ValueError(f"{' and '.join(used)} in the environment: {error}") from None
-        return cls(**{"name": "default", **given, **options})
+            return cls(**options)
+        except (SegmentTooLarge, ValueError) as error:
+            # Messages about the geometry name the arguments that do not do; SegmentTooLarge is about one only.
+            guilty = [said[option] for option in said if f"{option}=" in str(error)]
+            if isinstance(error, SegmentTooLarge) and "max_bytes" in said:
+                guilty = [said["max_bytes"]]
+            if not guilty or type(error) not in (ValueError, GeometryMismatch, SegmentTooLarge):
+                raise
+            raise type(error)(f"{' and '.join(guilty)} in the environment: {error}") from error
 
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self, wish: Wish) -> None:
@@ -238,15 +241,28 @@ class Cache(Store):
         return self.default_ttl_ns / 1e9 if self.default_ttl_ns else None
 
     # --- more operations --------------------------------------------------------------------------------------------
-    def get_or_set(self, key: object, factory: Callable[[], Any] | Any, ttl: object = DEFAULT) -> Any:
-        """The value of `key`; if it is missing, `factory()` (or `factory` itself, if not callable) is stored first.
+    def get_or_set(self, key: object, factory: Callable[[], Any], ttl: object = DEFAULT) -> Any:
+        """The value of `key`; if it is missing, `factory()` is stored first.
 
-        If another process stores the key while `factory` runs, its value stays and is returned.
+        If another process stores the key while `factory` runs, its value stays and is returned. `factory` is a plain
+        function; for coroutine functions there is `memoize`.
         """
+        if not callable(factory):
+            raise TypeError(
+                f"factory is a function that returns the value, not {type(factory).__name__} ({factory!r}): write "
+                f"get_or_set(key, lambda: value)"
+            )
         value = self.get(key, DEFAULT)
         if value is not DEFAULT:
             return value
-        value = factory() if callable(factory) else factory
+        value = factory()
+        if inspect.isawaitable(value):
+            if inspect.iscoroutine(value):
+                value.close()  # or Python would warn that it was never awaited
+            raise TypeError(
+                f"get_or_set takes a plain function, and factory returned an awaitable ({type(value).__name__}): use "
+                f"memoize for an `async def`, or await the result first"
+            )
         if self.add(key, value, ttl):
             return value
         return self.get(key, value)
@@ -263,15 +279,23 @@ class Cache(Store):
 
         `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. `name`
         tells functions apart; without it that is module, qualified name and code, so a changed function does not read
-        what it stored before. Functions that differ only in variables of a function around them need names. Processes
-        that miss at the same time compute at the same time.
+        what it stored before. Of the variables of a function around it, keys count with the value they have when it is
+        decorated, functions with their code, classes and modules with their names; any other value is a TypeError
+        unless there is a `key` or a `name`. Processes that miss at the same time compute at the same time.
 
         The decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
         """
-        if not callable(ttl) and not isinstance(ttl, Default):
-            ttl_to_ns(ttl)  # raises now rather than at the first call
         if callable(ttl):
             raise TypeError("memoize takes arguments: write @cache.memoize() rather than @cache.memoize")
+        # Raise now rather than at the first call.
+        if not isinstance(ttl, Default):
+            ttl_to_ns(ttl)
+        if key is not None and not callable(key):
+            raise TypeError(
+                f"key is a function of the arguments that returns a key, or None, not {type(key).__name__} ({key!r})"
+            )
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name is a str or None, not {type(name).__name__} ({name!r})")
         return functools.partial(memoize, self, ttl, key, name)
 
     # --- iteration --------------------------------------------------------------------------------------------------
@@ -350,13 +374,53 @@ def _policy(eviction: str | None) -> str | None:
     return eviction
 
 
-def _named(name: str) -> str:
-    segment.check_name(name)
-    return name
+# --- the environment ------------------------------------------------------------------------------------------------
+def _named(text: str) -> str:
+    segment.check_name(text)
+    return text
 
 
-def _number(kind: Callable[[str], int | float], text: str) -> Any:
+def _entries(text: str) -> int:
     try:
-        return kind(text)
+        number = int(text)
     except ValueError:
-        raise ValueError(f"expected a {'whole ' if kind is int else ''}number greater than 0") from None
+        number = 0
+    if not 1 <= number <= MAX_ENTRIES:
+        raise ValueError(f"expected a whole number of entries, 1 to {MAX_ENTRIES:,}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number, most = _float(text), MAX_TTL_NS // 10**9
+    if not 0 < number <= most:
+        raise ValueError(
+            f"expected a number of seconds greater than 0 and at most {most:,} (146 years); leave it unset for no "
+            f"expiry, or for the default_ttl that the program gives"
+        )
+    return number
+
+
+def _megabytes(text: str) -> int:
+    number, limit = _float(text), 1 << 43
+    if not 0 < number < limit:
+        raise ValueError(
+            f"expected a number of MB (1,048,576 bytes) greater than 0 and less than {limit:,}, such as 64"
+        )
+    return int(number * 2**20) or 1
+
+
+def _float(text: str) -> float:
+    """The number, or NaN, which no range has."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+_VARIABLES: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
+    ("CACHE_NAME", "name", _named),
+    ("CACHE_MAX_SIZE", "max_entries", _entries),
+    ("CACHE_TTL", "default_ttl", _seconds),
+    ("CACHE_MAX_MEMORY_MB", "max_bytes", _megabytes),
+)
+"""Each variable of `Cache.from_env`, the argument it stands for, and what makes the one of the other."""

@@ -19,6 +19,7 @@ from decimal import Decimal
 from enum import IntEnum
 from functools import partial
 from itertools import chain
+from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, Final, Protocol
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -160,7 +161,7 @@ class Codec:
             except (OverflowError, UnicodeEncodeError):
                 pass  # An int beyond 64 bits, a lone surrogate: the serializer may know better.
         try:
-            payload = self._dumps(value)
+            payload: object = self._dumps(value)
         except _PASSING:
             raise
         except Exception as error:
@@ -169,9 +170,10 @@ class Codec:
                 f"{type(error).__name__}: {error}"
             ) from error
         if type(payload) is not bytes:
+            hint = ": encode it, as in `return json.dumps(obj).encode()`" if isinstance(payload, str) else ""
             raise SerializationError(
                 f"cannot store value: dumps() of serializer {self.serializer!r} returned "
-                f"{_type_name(type(payload))}, not bytes"
+                f"{_type_name(type(payload))}, not bytes{hint}"
             )
         assert self._foreign is not None
         try:
@@ -203,14 +205,14 @@ class Codec:
         raise SerializationError(f"the stored bytes hold the msgpack extension {code}, which shmcache does not write")
 
 
-def encode_key(key: object) -> bytes:
+def encode_key(key: object, name: str = "key") -> bytes:
     """Return the canonical msgpack bytes of `key`: a str, bytes, int, float, bool, None, or a tuple of these.
 
     Two keys have the same bytes exactly if they have the same types and are equal: 1, 1.0, True, "1" and b"1" all
     differ, -0.0 and 0.0 do not.
 
     Tuples may hold tuples. Raises SerializationError for any other type, naming it and where in the key it is, and for
-    NaN, which equals nothing.
+    NaN, which equals nothing. `name` is what its message calls the key.
     """
     if type(key) is tuple and _EASY_KEY_TYPES.issuperset(map(type, key)):
         try:
@@ -222,9 +224,9 @@ def encode_key(key: object) -> bytes:
     try:
         return _pack(_lower_key(key, 0))
     except _Refusal as refusal:
-        raise SerializationError(f"cannot use key{refusal.path}: {refusal.reason}") from None
+        raise SerializationError(f"cannot use {name}{refusal.path}: {refusal.reason}") from None
     except (ValueError, RecursionError) as error:
-        raise SerializationError(f"cannot use key: {error}") from error
+        raise SerializationError(f"cannot use {name}: {error}") from error
 
 
 def decode_key(data: bytes) -> object:
@@ -363,7 +365,7 @@ def _lower(value: Any, parents: list[int]) -> object:
         extension = _lower_numpy(value)
         if extension is not None:
             return extension
-    raise _Refusal(_unsupported(kind))
+    raise _Refusal(_unsupported(value))
 
 
 def _lower_items(items: Iterable[Any], parents: list[int]) -> list[object]:
@@ -439,14 +441,26 @@ _KEY_TYPES: Final = "keys are str, bytes, int, float, bool, None, and tuples of 
 _EASY_KEY_TYPES: Final = frozenset({str, bytes, int, bool, type(None)})  # Floats need a look at their value.
 
 
-def _unsupported(kind: type) -> str:
+def _unsupported(value: object) -> str:
+    kind = type(value)
+    if isinstance(value, FunctionType):
+        # Pickle keeps a function by its name, which those made within others have not.
+        remedy = _UNKEEPABLE[kind] if "<" in value.__qualname__ else _REMEDY
+    else:
+        remedy = _UNKEEPABLE.get(kind, _REMEDY)
     kept = _PLAIN | _CONTAINER_CODES.keys() | _LOWER_LEAF.keys()
     known = next((base for base in kind.__mro__[1:] if base in kept), None)
     why = f"would come back as a plain {known.__name__}" if known else "is not a type that msgpack can keep"
-    return f"{_type_name(kind)} {why}; {_REMEDY}"
+    return f"{_type_name(kind)} {why}; {remedy}"
 
 
 _REMEDY: Final = 'convert it to a plain type, or open the cache with Cache(..., serializer="pickle")'
+_UNKEEPABLE: Final[dict[type, str]] = {  # by any serializer
+    CoroutineType: "await it, and store what that gives",
+    GeneratorType: "store what it yields, for instance list(...) of it",
+    AsyncGeneratorType: "store what it yields, for instance as a list",
+    FunctionType: "store what it returns",
+}
 
 
 def _type_name(kind: type) -> str:

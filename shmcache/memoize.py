@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from types import CodeType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from shmcache.codec import encode_key
 from shmcache.engine.store import DEFAULT
 from shmcache.errors import SerializationError
 
@@ -47,13 +49,12 @@ def memoize(
 
     Arguments are bound to their parameters first, so `f(1)`, `f(a=1)` and a default of 1 are one key.
     """
-    label = f"{function.__module__}.{function.__qualname__}"
+    label, signature = _inspect(function)
     if name is None:
         name = label
-        code = getattr(function, "__code__", None)
-        if code is not None:
-            name += "-" + _digest(code).hex()
-    signature = inspect.signature(function)
+        told_by = function if isinstance(function, (FunctionType, MethodType)) else inspect.unwrap(function)
+        if isinstance(told_by, (FunctionType, MethodType)):
+            name += "-" + _digest(told_by, strict=key is None).hex()
     extra = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
     hits = misses = 0
 
@@ -67,15 +68,36 @@ def memoize(
             bound.arguments[extra] = tuple(sorted(bound.arguments[extra].items()))
         return ("memoize", name, *bound.arguments.values())
 
-    def look_up(entry: tuple[Any, ...]) -> Any:
+    def check_key(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise SerializationError if it is the arguments, or what `key` made of them, that cannot be a key."""
+        if key is not None:
+            try:
+                encode_key(entry[2], "what it returned")
+            except SerializationError as error:
+                raise SerializationError(
+                    f"the function given as memoize(key=...) for {label} did not return a key: {error}"
+                ) from error
+            return
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        if extra is not None:
+            arguments.update(arguments.pop(extra, {}))
+        for parameter, argument in arguments.items():
+            try:
+                encode_key(argument, parameter)
+            except SerializationError as error:
+                raise SerializationError(
+                    f"the argument `{parameter}` of {label} cannot be part of a cache key ({error}): decorate it with "
+                    f"memoize(key=...), a function of the same arguments that returns a str, bytes, number or a tuple "
+                    f"of these"
+                ) from error
+
+    def look_up(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal hits, misses
         try:
             value = cache.get(entry, DEFAULT)
-        except SerializationError as error:
-            raise SerializationError(
-                f"the arguments of {label} cannot be a cache key ({error}): decorate it with memoize(key=...), a "
-                f"function of the same arguments that returns a str, bytes, number or a tuple of these"
-            ) from error
+        except SerializationError:
+            check_key(entry, args, kwargs)
+            raise  # it is about the stored value
         if value is DEFAULT:
             misses += 1
         else:
@@ -87,7 +109,7 @@ def memoize(
         @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             entry = cache_key(*args, **kwargs)
-            value = look_up(entry)
+            value = look_up(entry, args, kwargs)
             if value is DEFAULT:
                 value = await function(*args, **kwargs)
                 cache.set(entry, value, ttl)
@@ -98,7 +120,7 @@ def memoize(
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             entry = cache_key(*args, **kwargs)
-            value = look_up(entry)
+            value = look_up(entry, args, kwargs)
             if value is DEFAULT:
                 value = function(*args, **kwargs)
                 cache.set(entry, value, ttl)
@@ -125,13 +147,82 @@ def memoize(
     return memoized
 
 
-def _digest(code: CodeType) -> bytes:
-    """What tells two functions of one name apart: eight bytes of their instructions, names and constants."""
+def _inspect(function: Any) -> tuple[str, inspect.Signature]:
+    """The name of a function, with its module, and its signature; raises TypeError for what has none."""
+    kind = type(function).__name__
+    if isinstance(function, (staticmethod, classmethod, property, functools.cached_property)):
+        raise TypeError(f"memoize decorates functions, not a {kind}: put it below @{kind}, next to the def")
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not callable(function) or not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError(f"memoize decorates functions, not {kind} ({function!r}): write a def that calls it")
+    try:
+        return f"{module}.{name}", inspect.signature(function)
+    except ValueError:
+        raise TypeError(f"{module}.{name} does not tell what its parameters are: write a def that calls it") from None
+
+
+def _digest(function: FunctionType | MethodType, strict: bool) -> bytes:
+    """What tells two functions of one name apart: eight bytes of their code, and of what they close over.
+
+    Where `strict`, raises TypeError for a closed-over value that neither is a key nor is told by a name or code.
+    """
+    digest = hashlib.blake2s(_digest_code(function.__code__), digest_size=8)
+    for variable, value in _closed_over(function):
+        digest.update(variable.encode())
+        inner = inspect.unwrap(value) if callable(value) else value
+        if isinstance(inner, FunctionType):
+            digest.update(f"{inner.__module__}.{inner.__qualname__}".encode())
+            # Functions may close over each other: only keys count of what this one closes over.
+            digest.update(_digest_code(inner.__code__))
+            for name, deeper in _closed_over(inner):
+                digest.update(name.encode() + (_encode(deeper) or b""))
+        elif isinstance(inner, type) or (
+            isinstance(inner, BuiltinFunctionType) and isinstance(inner.__self__, (ModuleType, type(None)))
+        ):
+            digest.update(f"{inner.__module__}.{inner.__qualname__}".encode())
+        elif isinstance(inner, ModuleType):
+            digest.update(inner.__name__.encode())
+        else:
+            encoded = _encode(value)
+            if encoded is not None:
+                digest.update(encoded)
+            elif strict:
+                raise TypeError(
+                    f"{function.__qualname__} closes over {variable}, a {type(value).__name__}: two such functions "
+                    f"would share results; give it a name of its own with memoize(name=...)"
+                )
+    return digest.digest()
+
+
+def _closed_over(function: FunctionType | MethodType) -> list[tuple[str, Any]]:
+    """The variables of functions around it, with their values; without those that have none yet, as its own name.
+
+    What a method is bound to counts as one.
+    """
+    found: list[tuple[str, Any]] = []
+    if isinstance(function, MethodType):
+        found.append(("self", function.__self__))
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # the cell is empty
+            found.append((variable, cell.cell_contents))
+    return found
+
+
+def _encode(value: object) -> bytes | None:
+    """The bytes of a key; None for a value that is none."""
+    try:
+        return encode_key(value)
+    except SerializationError:
+        return None
+
+
+def _digest_code(code: CodeType) -> bytes:
+    """Eight bytes of instructions, names and constants."""
     digest = hashlib.blake2s(code.co_code, digest_size=8)
     digest.update(repr((code.co_names, code.co_varnames)).encode())
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            digest.update(_digest(constant))
+            digest.update(_digest_code(constant))
         elif isinstance(constant, frozenset):
             digest.update(repr(sorted(map(repr, constant))).encode())  # its own order differs between processes
         else:

@@ -1,7 +1,7 @@
 """What unlinks an ephemeral cache when its last process is killed, and so cannot do it itself.
 
-A process of its own sleeps in the kernel until no byte of the process table is locked, then removes the files. It
-imports nothing of shmcache, inherits only the lock file, and outlives the process group that started it.
+A process of its own, `reaper_process.py`, does it. It inherits nothing, and outlives the process group that started it.
+Its command line ends with the path of the lock file, for people; the rest it reads from its standard input.
 """
 
 from __future__ import annotations
@@ -11,53 +11,25 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from shmcache.engine.bytelock import REAPER_BYTE, SETUP_BYTE, is_byte_locked
 
 __all__ = ["start_reaper"]
 
-_PROGRAM = """
-import fcntl, json, os, sys
-if os.fork():
-    os._exit(0)
-fd, inode, setup, reaper, lines, paths = json.loads(sys.argv[1])
-if os.fstat(fd).st_ino != inode:
-    os._exit(1)  # not the lock file
-try:
-    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, reaper)  # one reaper a cache
-except OSError:
-    os._exit(0)
-while True:
-    fcntl.lockf(fd, fcntl.LOCK_EX, lines, 0)
-    fcntl.lockf(fd, fcntl.LOCK_UN, lines, 0)
-    fcntl.lockf(fd, fcntl.LOCK_EX, 1, setup)
-    if os.fstat(fd).st_nlink == 0:
-        break
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, lines, 0)
-    except OSError:
-        fcntl.lockf(fd, fcntl.LOCK_UN, 1, setup)
-        continue
-    for path in paths:
-        try:
-            os.unlink(path)
-        except OSError:
-            pass
-    break
-"""
+_PROGRAM = Path(__file__).absolute().with_name("reaper_process.py")
 
 
-def start_reaper(lock_fd: int, lines: int, paths: list[str]) -> None:
+def start_reaper(lock_fd: int, paths: list[str]) -> None:
     """Start a reaper for the cache of this lock file, unless it has one. `paths` are removed, the lock file last."""
     if is_byte_locked(lock_fd, REAPER_BYTE):
         return
-    argument = json.dumps([lock_fd, os.fstat(lock_fd).st_ino, SETUP_BYTE, REAPER_BYTE, lines, paths])
+    facts = json.dumps([os.fstat(lock_fd).st_ino, SETUP_BYTE, REAPER_BYTE, paths])
     try:
         # It forks and its first process exits at once, so nobody has a child to wait for.
         subprocess.run(
-            [_python(), "-I", "-S", "-c", _PROGRAM, argument],
-            pass_fds=(lock_fd,),
-            stdin=subprocess.DEVNULL,
+            [_python(), "-I", "-S", str(_PROGRAM), paths[-1]],
+            input=facts.encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -158,16 +159,13 @@ class Attachment:
             del _attachments[self.name]
         self.disown()
         self.member.resign()
-        if self.ephemeral and self.is_current():
-            with contextlib.suppress(Exception):
-                under_setup_lock(self.lock_fd, 1.0, self._remove_if_unused)
+        removable = self.ephemeral and self.is_current()
         self.registry.fd = self.guard.fd = -1  # the number may be another file's soon
         self.close_files()
+        if removable:
+            with contextlib.suppress(Exception):
+                _remove_if_unused(self.name, self._identities[1])
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
-
-    def _remove_if_unused(self) -> None:
-        if self.is_current() and not self.registry.others_alive():
-            _remove_files(self.name)
 
     def _wait_for_own_threads(self) -> None:
         """Let no thread of this process take a lock any more, and wait for one that has: nobody could tell it lives.
@@ -191,6 +189,28 @@ class Attachment:
             if fd >= 0:
                 os.close(fd)
         self.segment_fd = self.lock_fd = -1
+
+
+def _remove_if_unused(name: str, identity: tuple[int, int] | None) -> None:
+    """Remove an ephemeral cache that no process has, neither attached nor forked from one that was."""
+    fd = _open_lock_file(name, create=False)
+    try:
+        if _file(fd)[0] == identity:
+            under_setup_lock(fd, 1.0, lambda: _file(fd)[1] and not _is_in_use(fd) and _remove_files(name))
+    finally:
+        os.close(fd)
+
+
+def _is_in_use(lock_fd: int) -> bool:
+    """Whether anybody else has an ephemeral cache.
+
+    A forked child has the open lock file from its parent, and with it the parent's flock, before it does anything.
+    """
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _file(fd: int) -> tuple[tuple[int, int] | None, int]:
@@ -332,7 +352,7 @@ def _attach(wish: Wish) -> Attachment:
             attachment = None
             continue
         if attachment.ephemeral:
-            start_reaper(lock_fd, attachment.geometry.processes, _file_paths(wish.name, attachment.geometry.shards))
+            start_reaper(lock_fd, _file_paths(wish.name, attachment.geometry.shards))
         return attachment
 
 
@@ -459,8 +479,10 @@ def _open_existing(wish: Wish, fd: int, lock_fd: int) -> Attachment:
         )
     attachment = Attachment(wish.name, fd, lock_fd, status.st_size)
     attachment.open(geometry)
-    if attachment.ephemeral and wish.create and not attachment.registry.others_alive():
-        raise _HalfCreated  # its last process was killed, and so was its reaper
+    if attachment.ephemeral:
+        if wish.create and not _is_in_use(lock_fd):
+            raise _HalfCreated  # its last process was killed, and so was its reaper
+        fcntl.flock(lock_fd, fcntl.LOCK_SH)
     return attachment
 
 
@@ -528,6 +550,8 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
             shard.format(secrets.randbits(60) << 1)
         for sleeper in attachment.sleepers:
             sleeper.create()
+        if wish.ephemeral:
+            fcntl.flock(lock_fd, fcntl.LOCK_SH)
         store(words, layout.H_MAGIC, layout.MAGIC)
         return attachment
     except BaseException:
@@ -541,11 +565,13 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
     """Give the segment all its memory now: a full /dev/shm is an error here, not a SIGBUS later."""
     room = os.statvfs(DIRECTORY)
     free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-    asked = f"cache {wish.name!r} asks for {wish.geometry().max_bytes:,} bytes, but"
+    max_bytes = wish.geometry().max_bytes
+    asked = f"cache {wish.name!r} asks for {max_bytes:,} bytes, but"
+    enough = _round_size(total - free + max_bytes)
     no_room = SegmentTooLarge(
         f"{asked} {DIRECTORY} has {free:,} free of {total:,}. Ask for a smaller max_bytes, or make it larger: "
-        f"Docker `--shm-size=1g` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` mounted "
-        f"at /dev/shm; otherwise `mount -o remount,size=1g /dev/shm`"
+        f"Docker `--shm-size={enough}` (64 MB is its default); Kubernetes an emptyDir volume with `medium: Memory` and "
+        f"`sizeLimit: {enough.upper()}i` mounted at /dev/shm; otherwise `mount -o remount,size={enough} /dev/shm`"
     )
     if total and size > free:
         raise no_room
@@ -569,6 +595,13 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
 def _sleeper(name: str, shard: int) -> Sleeper:
     semaphore = f"{file_name(name)}~{shard}"
     return Sleeper(f"/{semaphore}", DIRECTORY / f"sem.{semaphore}")
+
+
+def _round_size(size: int) -> str:
+    """A size of /dev/shm that is no smaller, as Docker and mount take it: a power of two in MiB, or whole GiB."""
+    if size > 2**29:
+        return f"{-(-size // 2**30)}g"
+    return f"{max(2**20, 1 << (size - 1).bit_length()) >> 20}m"
 
 
 def _file_paths(name: str, shards: int) -> list[str]:

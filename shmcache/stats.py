@@ -28,6 +28,7 @@ class ProcessStats:
 class Stats:
     """The figures of a cache at one moment. Counts are totals of all processes since creation; sizes are in bytes.
 
+    `hit_ratio` is the share of reads that found something, None if there were none. `attached` is in the order of pids.
     `bytes_used` is what keys and values take of `max_bytes`; `bytes_free` what blocks are free for more. The peaks
     are sums of the shards' peaks, so the true ones are at most these.
     `recoveries` counts locks taken over from dead processes. `lock_wait_seconds` is summed over all waits.
@@ -36,7 +37,7 @@ class Stats:
     name: str
     hits: int
     misses: int
-    hit_ratio: float  # 0 to 1; 0 before the first read
+    hit_ratio: float | None  # 0 to 1; None before the first read
     sets: int
     deletes: int
     evictions: int
@@ -89,7 +90,7 @@ def collect(attachment: Attachment) -> Stats:
         at = attachment.registry.line(line) + layout.P_COUNTERS
         for counter in range(layout.COUNTERS):
             counts[counter] += load(words, at + counter)
-    attached = [_process(attachment, line) for line in attachment.registry.live_lines()]
+    attached = sorted((_process(attachment, line) for line in attachment.registry.live_lines()), key=_pid)
     hits, misses = counts[layout.C_HITS], counts[layout.C_MISSES]
     ttl = load(words, layout.H_DEFAULT_TTL)
 
@@ -100,7 +101,7 @@ def collect(attachment: Attachment) -> Stats:
         name=attachment.name,
         hits=hits,
         misses=misses,
-        hit_ratio=hits / (hits + misses) if hits + misses else 0.0,
+        hit_ratio=hits / (hits + misses) if hits + misses else None,
         sets=counts[layout.C_SETS],
         deletes=counts[layout.C_DELETES],
         evictions=total(layout.S_EVICTIONS),
@@ -123,6 +124,10 @@ def collect(attachment: Attachment) -> Stats:
         processes=len(attached),
         attached=attached,
     )
+
+
+def _pid(process: ProcessStats) -> int:
+    return process.pid
 
 
 def _process(attachment: Attachment, line: int) -> ProcessStats:

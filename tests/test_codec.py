@@ -10,7 +10,7 @@ import struct
 import sys
 import threading
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
@@ -546,6 +546,34 @@ def test_a_pickle_is_never_loaded_unasked() -> None:
     assert TRACES == []
     Codec("pickle").decode(attack)
     assert TRACES == ["loaded"]
+
+
+def test_a_serializer_that_gives_text_is_told_to_encode_it() -> None:
+    with pytest.raises(
+        SerializationError, match=r"returned str, not bytes: encode it, as in `return json\.dumps\(obj\)"
+    ):
+        Codec(json).encode([1])  # type: ignore[arg-type]
+
+
+async def _coroutine() -> None: ...
+
+
+async def _asynchronous() -> AsyncIterator[int]:
+    yield 1
+
+
+def test_what_no_serializer_keeps_is_not_sent_to_pickle() -> None:
+    coroutine = _coroutine()
+    for value, says in (
+        (coroutine, "coroutine is not .*; await it, and store what that gives$"),
+        ((n for n in [1]), r"generator is not .*; store what it yields, for instance list\(...\) of it$"),
+        (_asynchronous(), "async_generator is not .*; store what it yields, for instance as a list$"),
+        (lambda: 1, "function is not .*; store what it returns$"),
+        (nested, f"function is not .*{PICKLE_HINT}"),
+    ):
+        with pytest.raises(SerializationError, match=says):
+            CODEC.encode({"a": value})
+    coroutine.close()
 
 
 def test_failures_of_pickle_are_errors_of_ours() -> None:

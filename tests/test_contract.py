@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
 
@@ -24,10 +24,12 @@ import pytest
 
 from shmcache import (
     DEFAULT,
+    Batch,
     Cache,
     CacheClosed,
     CacheNotFound,
     KeyTooLarge,
+    Pending,
     SerializationError,
     ValueTooLarge,
     is_compiled,
@@ -442,7 +444,7 @@ def test_default_ttl(make_cache: MakeCache, clock: Clock, shape: str) -> None:
     assert cache.touch("own")
     assert cache.touch("none")
     assert cache.ttl("own") == cache.ttl("none") == 10.0
-    assert cache.get_or_set("made", 1) == 1
+    assert cache.get_or_set("made", lambda: 1) == 1
     with cache.batch() as batch:
         batch.set("batched", 0)
     assert cache.ttl("made") == cache.ttl("batched") == 10.0
@@ -707,7 +709,7 @@ def test_batch_mixes_everything_and_keeps_the_order_on_a_key(cache: Cache, clock
         not_deleted = batch.delete("gone")
         last = batch.get("gone", 0)
         assert len(batch) == 16
-        with pytest.raises(RuntimeError, match="has not been performed"):
+        with pytest.raises(RuntimeError, match=r"there is no result: .* has not ended"):
             _ = first.value
         assert cache.get("k") is None
     assert first.value == "default"
@@ -792,6 +794,57 @@ def test_batch_performs_nothing_after_an_exception_or_bad_input(cache: Cache) ->
         pass
 
 
+def test_batch_takes_operations_in_its_block_only(cache: Cache) -> None:
+    batch = cache.batch()
+    operations: list[Callable[[], Pending]] = [
+        lambda: batch.get("a"),
+        lambda: batch.set("a", 1),
+        lambda: batch.add("a", 1),
+        lambda: batch.replace("a", 1),
+        lambda: batch.delete("a"),
+        lambda: batch.touch("a"),
+        lambda: batch.incr("a", initial=0),
+        lambda: batch.decr("a", initial=0),
+    ]
+    for operation in operations:
+        with pytest.raises(RuntimeError, match=r"has not begun: write `with cache\.batch\(\) as batch:`"):
+            operation()
+    with batch:
+        batch.set("b", 2)
+        with pytest.raises(RuntimeError, match="has not ended"), batch:
+            pass
+    for operation in operations:
+        with pytest.raises(RuntimeError, match=r"inside its `with` block only, and .* has ended: write"):
+            operation()
+    with pytest.raises(RuntimeError, match=r"for one `with` block, and .* has ended: make another"), batch:
+        pass
+    assert dict(cache.items()) == {"b": 2}
+
+
+def test_batch_says_why_there_is_no_result(cache: Cache) -> None:
+    def result(fails: Callable[[Batch], object]) -> Pending:
+        with pytest.raises((ZeroDivisionError, SerializationError)), cache.batch() as batch:
+            pending = batch.get("a")
+            with pytest.raises(RuntimeError, match=r"there is no result: .* has not ended"):
+                _ = pending.value
+            fails(batch)
+        return pending
+
+    with pytest.raises(RuntimeError, match="block of the batch raised ZeroDivisionError, so nothing was performed"):
+        _ = result(lambda batch: 1 // 0).value
+    with pytest.raises(RuntimeError, match="failed at the end of its `with` block, with SerializationError"):
+        _ = result(lambda batch: batch.set("a", object())).value
+
+
+@pytest.mark.parametrize("step", [True, 1.5, "1", None, 2**63 + 1], ids=repr)
+def test_batch_refuses_the_steps_that_incr_refuses(cache: Cache, step: Any) -> None:
+    for operation in (Batch.incr, Batch.decr):
+        with pytest.raises((TypeError, OverflowError), match="delta"), cache.batch() as batch:
+            batch.set("a", 1)
+            operation(batch, "n", step, 0)
+    assert len(cache) == 0
+
+
 def test_batch_get_counts_as_a_use(make_cache: MakeCache) -> None:
     cache = make_cache(max_bytes="1MB", max_entries=2)
     cache.set_many({"a": 1, "b": 2})
@@ -811,8 +864,6 @@ def test_get_or_set(cache: Cache, clock: Clock) -> None:
     assert cache.get_or_set("k", factory, ttl=10) == [1]
     assert cache.get_or_set("k", factory) == [1]
     assert cache.ttl("k") == 10.0
-    assert cache.get_or_set("l", "plain") == "plain"
-    assert cache.get_or_set("l", "other") == "plain"
     clock.advance(10)
     assert cache.get_or_set("k", factory) == [2]
 
@@ -824,6 +875,26 @@ def test_get_or_set(cache: Cache, clock: Clock) -> None:
     with pytest.raises(ZeroDivisionError):
         cache.get_or_set("n", lambda: 1 // 0)
     assert "n" not in cache
+
+
+def test_get_or_set_takes_plain_functions_only(cache: Cache) -> None:
+    cache.set("k", 1)
+    for key in ("k", "l"):
+        with pytest.raises(TypeError, match=r"not str \('plain'\): write get_or_set\(key, lambda: value\)"):
+            cache.get_or_set(key, "plain")  # type: ignore[arg-type]
+
+    async def coroutine() -> int:
+        return 1
+
+    class Awaitable:
+        def __await__(self) -> Iterator[None]:
+            yield
+
+    for factory in (coroutine, Awaitable):
+        # A coroutine that was never awaited nor closed would be a warning here, and so an error.
+        with pytest.raises(TypeError, match=r"plain function, .* awaitable .*memoize for an `async def`, or await"):
+            cache.get_or_set("l", factory)
+    assert "l" not in cache
 
 
 def test_clear_empties_every_shard(cache: Cache) -> None:
@@ -1041,7 +1112,7 @@ def test_counters_add_up(cache: Cache, clock: Clock) -> None:
     cache.touch("a")
     cache.set_many({"c": 1, "d": 2})
     stats = cache.stats()
-    assert (stats.hits, stats.misses, stats.hit_ratio) == (0, 0, 0.0)
+    assert (stats.hits, stats.misses, stats.hit_ratio) == (0, 0, None)
     assert (stats.sets, stats.deletes, stats.entries) == (7, 0, 4)
     cache.get("a")
     cache.get("x")
@@ -1272,7 +1343,7 @@ def test_names_that_do(make_cache: MakeCache, good: str) -> None:
 def test_memoize_calls_once_for_each_set_of_arguments(cache: Cache, clock: Clock) -> None:
     calls: list[Any] = []
 
-    @cache.memoize(ttl=10)
+    @cache.memoize(ttl=10, name="add")
     def add(a: int, b: int = 2, *rest: int, scale: int = 1, **named: int) -> tuple[Any, ...]:
         """Adds."""
         calls.append((a, b, rest, scale, named))
@@ -1327,11 +1398,11 @@ def test_memoize_keys_lead_to_the_entries(cache: Cache) -> None:
 def test_memoize_keeps_none_and_not_exceptions(cache: Cache) -> None:
     calls: list[int] = []
 
-    @cache.memoize()
+    @cache.memoize(name="nothing")
     def nothing() -> None:
         calls.append(1)
 
-    @cache.memoize()
+    @cache.memoize(name="failing")
     def failing() -> None:
         calls.append(2)
         raise ZeroDivisionError
@@ -1353,10 +1424,157 @@ def test_memoize_tells_what_cannot_be_a_key(cache: Cache) -> None:
         return len(items)
 
     for argument in ([1], {1}, (1, [2]), object(), math.nan):
-        with pytest.raises(SerializationError, match=r"arguments of .*length cannot be a cache key.*memoize\(key="):
+        with pytest.raises(SerializationError, match=r"argument `items` of .*length cannot be .*memoize\(key="):
             length(argument)
     assert length("ab") == 2
     assert len(cache) == 1
+
+    @cache.memoize()
+    def second(first: Any, *rest: Any, **named: Any) -> Any:
+        return rest[0]
+
+    with pytest.raises(SerializationError, match=r"argument `rest` of .*second .*\(cannot use rest\[1\]: list is not"):
+        second(1, 2, [3])
+    with pytest.raises(SerializationError, match=r"argument `third` of .*second .*\(cannot use third: set is not"):
+        second(1, 2, third={3})
+    assert second(1, 2, third=3) == 2
+
+
+def test_memoize_tells_when_its_key_function_returns_no_key(cache: Cache) -> None:
+    @cache.memoize(key=lambda items: [*items])
+    def length(items: Any) -> int:
+        return len(items)
+
+    with pytest.raises(
+        SerializationError, match=r"memoize\(key=\.\.\.\) for .*length did not return a key: .* list is"
+    ):
+        length("ab")
+
+
+def test_memoize_does_not_blame_the_arguments_for_the_value(make_cache: MakeCache) -> None:
+    cache = make_cache(max_bytes="1MB")
+    with Cache(cache.name, serializer="pickle") as other:
+
+        def numbers(n: int) -> Any:
+            return {1, n}
+
+        assert other.memoize()(numbers)(2) == {1, 2}
+        with pytest.raises(SerializationError, match="written with pickle") as caught:
+            cache.memoize()(numbers)(2)
+        assert "argument" not in str(caught.value)
+
+
+def test_memoize_tells_closures_apart_by_what_they_close_over(cache: Cache) -> None:
+    def adder(n: Any) -> Callable[[int], Any]:
+        @cache.memoize()
+        def add(a: int) -> Any:
+            return (a, n)
+
+        return add
+
+    for n in (1, 2, 1.0, True, "1", b"1", None, (1, (2,))):
+        assert repr(adder(n)(1)) == repr(adder(n)(1)) == repr((1, n))
+
+    def applier(function: Callable[[int], int]) -> Callable[[int], int]:
+        @cache.memoize()
+        def apply(a: int) -> int:
+            return function(a)
+
+        return apply
+
+    def times(n: int) -> Callable[[int], int]:
+        return lambda a: a * n
+
+    assert applier(lambda a: a + 1)(10) == 11
+    assert applier(lambda a: a + 2)(10) == 12
+    assert applier(times(3))(10) == 30
+    assert applier(times(4))(10) == 40
+    assert applier(abs)(10) == 10
+    assert applier(cache.memoize()(times(5)))(10) == 50
+
+
+def test_memoize_of_closures_over_functions_classes_and_modules(cache: Cache) -> None:
+    class Base:
+        size = 1
+
+    class Derived(Base):
+        @cache.memoize(key=lambda self, n: n)
+        def grow(self, n: int) -> Any:
+            return (super().__init__(), Base.size + n)
+
+    def twice(n: int) -> int:
+        return n * Base.size * 2
+
+    @cache.memoize()
+    def factorial(n: int) -> int:
+        if n == 0:
+            return 1
+        assert math.pi > Base.size
+        product: int = n * factorial(n - 1) * twice(1) // 2
+        return product
+
+    local_math = math
+
+    @cache.memoize()
+    def root(n: int) -> int:
+        return local_math.isqrt(n)
+
+    assert Derived().grow(2) == Derived().grow(2) == (None, 3)
+    assert factorial(5) == 120
+    assert factorial.cache_info() == (0, 6, 6)
+    assert root(81) == 9
+
+
+def test_memoize_of_a_closure_over_anything_else_needs_a_name_or_a_key(cache: Cache) -> None:
+    class Foo:
+        def method(self, n: int) -> int:
+            return n
+
+    foo, n = Foo(), [1]
+
+    def show(a: int) -> str:
+        return f"{n} {a}"
+
+    says = r"show closes over n, a list: two such functions would share results; .*memoize\(name=\.\.\.\)"
+    with pytest.raises(TypeError, match=says):
+        cache.memoize()(show)
+    with pytest.raises(TypeError, match="method closes over self, a Foo"):
+        cache.memoize()(foo.method)
+    assert cache.memoize(name="show")(show)(2) == "[1] 2"
+    assert cache.memoize(key=lambda a: a)(show)(2) == "[1] 2"
+    assert cache.memoize(name="method")(foo.method)(2) == 2
+
+
+def test_memoize_counts_what_is_closed_over_when_it_decorates(cache: Cache) -> None:
+    n = 1
+
+    @cache.memoize()
+    def add(a: int) -> int:
+        return a + n
+
+    assert add(1) == 2
+    n = 2
+    assert add(1) == 2
+    assert add(2) == 4
+
+
+def test_memoize_refuses_what_is_no_function(cache: Cache) -> None:
+    decorate: Any = cache.memoize()
+    for wrong, says in (
+        (partial(max, 1), "not partial .*write a def that calls it"),
+        (property(len), "not a property: put it below @property, next to the def"),
+        (staticmethod(len), "put it below @staticmethod"),
+        (classmethod(len), "put it below @classmethod"),  # type: ignore[arg-type]
+        (5, "not int"),
+        (max, "max does not tell what its parameters are: write a def"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            decorate(wrong)
+    with pytest.raises(TypeError, match="key is a function of the arguments that returns a key, or None, not str"):
+        cache.memoize(key="id")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name is a str or None, not int"):
+        cache.memoize(name=5)  # type: ignore[arg-type]
+    assert decorate(lru_cache(lambda n: n + 1))(1) == 2
 
 
 def test_memoize_takes_no_arguments_for_others(cache: Cache) -> None:
@@ -1405,7 +1623,7 @@ def test_memoize_with_a_key_of_ones_own(cache: Cache) -> None:
 def test_memoize_of_a_coroutine_function(cache: Cache, clock: Clock) -> None:
     calls: list[int] = []
 
-    @cache.memoize(ttl=5)
+    @cache.memoize(ttl=5, name="square")
     async def square(n: int) -> int:
         calls.append(n)
         await asyncio.sleep(0)

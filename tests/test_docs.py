@@ -15,7 +15,8 @@ What is done with a block is in its info string, and an unknown one is an error,
     text                not code
 
 What needs something that is not installed is named in the reason for which the test is then reported as skipped.
-All blocks of a file share a directory and one cache name, `shop`, for which a name of the test's own is put.
+All blocks of a file share a directory, and the caches that `CACHES` lists, for which names of the test's own are put.
+No cache is left at the end of a file, so that readers can follow one after the other.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from typing import Any
 
 import pytest
 
-from shmcache import Cache
+from shmcache import Cache, segment
 from tests.serving import BIN, PATIENCE, ROOT, serve
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-_CACHE_NAME = re.compile(r"\bshop\b")
+CACHES = {"README.md": ["shop"], "usage.md": ["warehouse"], "deployment.md": ["website", "trial"]}
+NO_CACHES = ["no-such-cache", "default"]  # names that an example gives without opening a cache
 _USE_OF_A_CACHE = re.compile(
-    r"""Cache(?:\.attach)?\("([^"]*)" | \bCACHE_NAME=(\S+)
+    r"""Cache(?:\.attach)?\("([^"]*)" | \bfrom_env\(name="([^"]*)" | \bCACHE_NAME=(\S+)
       | \bshmcache\ (?:stats|keys|info|get|set|delete|check|clear|unlink)\ ([\w.]+)""",
     re.VERBOSE,
 )
@@ -73,7 +75,8 @@ def blocks(document: Path) -> Iterator[Block]:
 class Runner:
     """Runs the blocks of one document, in order."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, document: Path, name: str, directory: Path) -> None:
+        self.names = dict(zip(CACHES.get(document.name, []), (name, f"{name}-2"), strict=False))
         self.name = name
         self.directory = directory
         self.not_run: list[str] = []
@@ -86,10 +89,13 @@ class Runner:
         run = getattr(self, f"run_{what}", None)
         assert run is not None, f"no rule for a block of this kind:\n{block}"
         used = {next(filter(None, match)) for match in _USE_OF_A_CACHE.findall(block.code)}
-        assert used <= {"shop", "no-such-cache"}, (
-            f"the tests must not touch a cache of yours, so call it shop:\n{block}"
+        assert used <= {*self.names, *NO_CACHES}, (
+            f"the tests must not touch a cache of yours, so name it as CACHES says:\n{block}"
         )
-        run(block, _CACHE_NAME.sub(self.name, block.code), argument)
+        code = block.code
+        for name, own in self.names.items():
+            code = re.sub(rf"\b{name}\b", own, code)
+        run(block, code, argument)
 
     def run_pycon(self, block: Block, code: str, argument: str) -> None:
         assert not argument, block
@@ -135,6 +141,7 @@ class Runner:
         scheme, more = {"gunicorn": ("unix:", []), "uwsgi": ("", ["--worker-reload-mercy=3"])}[command[0]]
         if not program.exists():
             self.not_run.append(f"line {block.line} needs {command[0]}")
+            self.shell(block, "python -c 'import web'")  # what follows is about the cache that it opens
             return
 
         def with_address(address: str) -> list[str]:
@@ -189,7 +196,7 @@ class Runner:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_code_blocks(document: Path, name: str, tmp_path: Path) -> None:
-    runner = Runner(name, tmp_path)
+    runner = Runner(document, name, tmp_path)
     try:
         for block in blocks(document):
             try:
@@ -201,6 +208,7 @@ def test_code_blocks(document: Path, name: str, tmp_path: Path) -> None:
         for value in runner.namespace.values():
             if isinstance(value, Cache):
                 value.close()
+    assert not {*runner.names.values()} & {*segment.names()}, f"{document.name} leaves a cache behind"
     if runner.not_run:
         pytest.skip(f"all blocks of {document.name} were run but these: {', '.join(runner.not_run)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import pickle
@@ -126,7 +127,7 @@ def with_key(cache: Cache, key: Any) -> list[Callable[[], Any]]:
         lambda: cache.incr(key, initial=0),
         lambda: cache.decr(key, initial=0),
         lambda: cache.info(key),
-        lambda: cache.get_or_set(key, 1),
+        lambda: cache.get_or_set(key, lambda: 1),
         lambda: cache.get_many(["old", key]),
         lambda: cache.delete_many(["old", key]),
         in_batch,
@@ -222,7 +223,7 @@ def test_values_larger_than_the_cache(cache: Cache) -> None:
         lambda value: cache.replace("old", value),
         lambda value: cache.cas("old", value, before.version),
         lambda value: cache.set_many({"old": value}),
-        lambda value: cache.get_or_set("new", value),
+        lambda value: cache.get_or_set("new", lambda: value),
     ]
     for size in (most, most + 1, 10 * most):
         for operation in operations:
@@ -262,7 +263,7 @@ def with_ttl(cache: Cache, ttl: Any) -> list[Callable[[], Any]]:
         lambda: cache.incr("new", 1, 0, ttl),
         lambda: cache.decr("new", 1, 0, ttl),
         lambda: cache.set_many({"new": 1, "old": 2}, ttl),
-        lambda: cache.get_or_set("new", 1, ttl),
+        lambda: cache.get_or_set("new", lambda: 1, ttl),
         lambda: cache.memoize(ttl=ttl)(len)("abc"),
         lambda: in_batch("set", 1),
         lambda: in_batch("touch"),
@@ -728,7 +729,8 @@ def test_more_than_there_is_in_shared_memory(name: str) -> None:
             assert type(caught.value) is SegmentTooLarge
             message = str(caught.value)
             assert f"of {total:,}" in message
-            assert "--shm-size" in message
+            enough = -(-size // 2**30)
+            assert f"--shm-size={enough}g" in message or f"--shm-size={enough + 1}g" in message
             assert "Kubernetes" in message
             assert "medium: Memory" in message
         assert files_left() == []
@@ -785,7 +787,9 @@ def test_a_small_shared_memory_is_an_error_at_creation(tmp_path: Path) -> None:
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
-    assert "--shm-size" in answer.stdout
+    assert "`--shm-size=4m`" in answer.stdout
+    assert "`sizeLimit: 4Mi`" in answer.stdout
+    assert "`mount -o remount,size=4m /dev/shm`" in answer.stdout
 
 
 def test_more_processes_than_places(make_cache: MakeCache) -> None:
@@ -871,3 +875,42 @@ def test_a_lock_held_by_a_stopped_process_is_a_timeout_for_writers_only(make_cac
     cache.set("new", 1)
     assert dict(cache.items()) == {"old": "value", "new": 1}
     assert cache.stats().recoveries == 1
+
+
+# --- somebody else's semaphore --------------------------------------------------------------------------------------
+@only_root
+def test_a_semaphore_that_somebody_else_put_there_is_not_opened(make_cache: MakeCache) -> None:
+    """Its owner could cut the file short, which would end every waiter with SIGBUS."""
+    name = new_name()
+    path = segment.DIRECTORY / f"sem.{segment.file_name(name)}~0"
+    path.write_bytes(bytes(32))
+    os.chown(path, NOBODY, NOBODY)
+    cache = make_cache(name, max_bytes="1MB")
+    assert path.stat().st_uid == 0, "the creator has replaced it"
+
+    path.unlink()
+    path.write_bytes(bytes(32))
+    os.chown(path, NOBODY, NOBODY)
+    [sleeper] = Cache.attach(name).attachment.sleepers
+    sleeper._semaphore, sleeper._tried = None, False
+    assert sleeper._open() is None
+    assert sleeper.sleep() is False
+    sleeper.wake()
+    assert path.read_bytes() == bytes(32)
+    cache.close()
+    path.unlink()
+
+
+def test_semaphores_are_closed_with_the_cache() -> None:
+    def mapped() -> int:
+        return sum(
+            "sem.shmcache" in line or "deleted" in line for line in Path("/proc/self/maps").read_text().splitlines()
+        )
+
+    before = mapped()
+    for _ in range(20):
+        cache = Cache(new_name(), max_bytes="1MB", max_entries=100, shards=4)
+        cache.unlink()
+        del cache
+    gc.collect()
+    assert mapped() <= before

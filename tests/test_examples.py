@@ -77,6 +77,13 @@ def test_a_pool_computes_little_more_than_once(method: str) -> None:
     assert hits == 2000 - misses
 
 
+def test_a_pool_of_an_unknown_kind_is_wrong_usage() -> None:
+    done = run("pool.py", "thread")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: pool.py ")
+    assert "Traceback" not in done.stderr
+
+
 def test_attaching_to_nothing_is_one_clear_line(name: str) -> None:
     looked = run("attach.py", name)
     assert looked.returncode == 1

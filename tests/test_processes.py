@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import pickle
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, segment
+from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, reaper, segment
 from shmcache.engine import layout
 from tests.processes import DEADLINE, Child, Family, Gate, Interpreter, no_gc, run_python, until
 
@@ -287,12 +288,12 @@ def test_a_forked_child_counts_as_itself(make_cache: Callable[..., Cache]) -> No
 
     def inherited() -> None:
         assert cache.get("key") == 1
-        assert [process.pid for process in cache.stats().attached] == [os.getppid(), os.getpid()]
+        assert [process.pid for process in cache.stats().attached] == sorted([os.getppid(), os.getpid()])
 
     def anew() -> None:
         with Cache(cache.name) as own:
             assert own.get("key") == 1
-            assert [process.pid for process in own.stats().attached] == [os.getppid(), os.getpid()]
+            assert [process.pid for process in own.stats().attached] == sorted([os.getppid(), os.getpid()])
             owners = own.attachment.member.owner
             assert owners >> 48 != 0
 
@@ -382,6 +383,8 @@ def test_an_ephemeral_cache_goes_with_its_last_process(name: str, leave: Callabl
             process.ask(create)
         processes[0].ask("c.set('key', 'value')")
         until(lambda: len(reapers(name)) == 1, 5)
+        program, lock_file = reapers(name)[0].cmdline()[-2:]
+        assert (Path(program).name, lock_file) == ("reaper_process.py", str(segment.lock_path(name)))
         for process in processes[:2]:
             leave(process)
             assert files(name) != []
@@ -398,6 +401,51 @@ def test_an_ephemeral_cache_goes_with_its_last_process(name: str, leave: Callabl
         leave(again)
         until(lambda: files(name) == [], 5)
         until(lambda: reapers(name) == [], 5)
+
+
+def test_a_reaper_that_cannot_be_started_is_a_warning(
+    name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        reaper.start_reaper(lock.fileno(), [str(tmp_path)])  # a directory is no lock file
+    assert "no reaper could be started" in caplog.text
+    assert "exit status 1" in caplog.text
+    assert reapers(name) == []
+
+
+@pytest.mark.parametrize("leave", ["close", "exit", "kill"])
+def test_a_forked_child_that_did_nothing_yet_keeps_an_ephemeral_cache_alive(name: str, leave: str) -> None:
+    """As when a process forks twice to become a daemon: its parent is gone before the child's first operation."""
+    gate = Gate()
+
+    def work(cache: Cache) -> None:
+        gate.wait()
+        assert cache.get("key") == "value"
+
+    def parent() -> None:
+        cache = Cache(name, max_bytes=SMALL, ephemeral=True)
+        cache.set("key", "value")
+        os.write(tell, str(Child(work, cache).pid).encode())
+        if leave == "close":
+            cache.close()
+        elif leave == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            atexit._run_exitfuncs()
+
+    told, tell = os.pipe()
+    with Family() as family:
+        family.fork(parent).wait()
+        pid = int(read(told, 20))
+        assert files(name) != []
+        until(lambda: len(reapers(name)) == 1, 5)
+        assert files(name) != []
+        gate.open()
+        until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        until(lambda: files(name) == [], 5)
+        until(lambda: reapers(name) == [], 5)
+    os.close(told)
+    os.close(tell)
 
 
 def test_an_ephemeral_cache_outlives_those_that_attach_to_it_and_go(name: str) -> None:

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from shmcache import segment
 from shmcache.cache import Cache
 from shmcache.cli import Commands, text
-from shmcache.engine.store import DEFAULT, is_compiled, ttl_to_ns
+from shmcache.engine.store import DEFAULT, MAX_TTL_NS, is_compiled, ttl_to_ns
 from shmcache.errors import CacheNotFound, ShmcacheError
 from shmcache.version import __version__
 
@@ -54,7 +54,12 @@ class TimeToLive(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # g
             seconds = float(value)
             ttl_to_ns(seconds)
         except ValueError:
-            self.fail(f"{value!r} is no number of seconds greater than 0, nor 'none' for no expiry", param, ctx)
+            self.fail(
+                f"{value!r} is no number of seconds greater than 0 and at most {MAX_TTL_NS // 10**9:,} (146 years), "
+                f"nor 'none' for no expiry",
+                param,
+                ctx,
+            )
         return seconds
 
 
@@ -65,7 +70,7 @@ key_type: Decorator = click.option(
     type=click.Choice(text.TYPES),
     default="str",
     show_default=True,
-    help="What KEY is: text, a number, the bytes as typed, JSON (an array is a tuple), or a Python literal.",
+    help="What KEY is: text, an int, the bytes as typed, JSON (an array is a tuple), or a Python literal.",
 )
 
 
@@ -77,9 +82,15 @@ def parse(argument: str, kind: str, name: str) -> Any:
         raise click.BadParameter(str(error), param_hint=f"'{name}'") from None
 
 
-def fail_no_key(key: object, name: str) -> NoReturn:
-    hint = " (a str; --key-type says otherwise)" if isinstance(key, str) and not key.isidentifier() else ""
-    raise click.ClickException(f"cache {name!r} has no key {key!r}{hint}")
+def fail_no_key(name: str, *keys: object) -> NoReturn:
+    """Say which keys are missing, and of what type a str may have been meant."""
+    hint = ""
+    for key in keys:
+        other = text.hint_at_type(key) if isinstance(key, str) else None
+        if other:
+            hint = f" (looked for the str {key!r}; {other})"
+            break
+    raise click.ClickException(f"cache {name!r} has no key {', '.join(map(repr, keys))}{hint}")
 
 
 def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -90,7 +101,7 @@ def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 
 
 # --- the group ------------------------------------------------------------------------------------------------------
-@click.group(cls=Commands)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -158,9 +169,10 @@ def ls(as_json: bool) -> None:
 )
 @as_json
 def stats(name: str, watch: float | None, as_json: bool) -> None:
-    """Show the figures of a cache. They are totals since it was created, and per second; entries and memory, now and
-    at their peak; waits for locks; locks taken over from dead processes (recoveries); and each attached process with
-    its own counts.
+    """Show the figures of a cache. They are totals since it was created, and their average per second since then
+    (--watch shows what it is now); entries and memory, now and at their peak; waits for locks; locks taken over from
+    dead processes (recoveries); and each attached process with its own counts, in the order of pids. Command lines are
+    cut at the width of a terminal; --json has them whole.
 
     A process of another pid namespace, such as a container, counts, but has no command line here.
 
@@ -226,7 +238,8 @@ def keys(name: str, prefix: str | None, as_json: bool) -> None:
 @as_json
 def info(name: str, key: str, key_type: str, as_json: bool) -> None:
     """Show what is known about a key. That is when it expires, its version, the sizes of key and value, and the shard
-    it is in; it does not count as a read. The exit status is 1 if the key is missing.
+    it is in; it does not count as a read. The exit status is 1 if the key is missing. A KEY that begins with a dash
+    goes behind `--`.
 
     \b
     Example: shmcache info web user:17
@@ -236,7 +249,7 @@ def info(name: str, key: str, key_type: str, as_json: bool) -> None:
         try:
             entry = cache.info(wanted)
         except KeyError:
-            fail_no_key(wanted, name)
+            fail_no_key(name, wanted)
     if as_json:
         click.echo(text.as_json(entry.as_dict()))
         return
@@ -280,7 +293,8 @@ def check(name: str, as_json: bool) -> None:
 @click.option("--raw", is_flag=True, help="Write a str or bytes exactly as stored, without a newline.")
 def get(name: str, key: str, key_type: str, as_json: bool, raw: bool) -> None:
     """Print the value of a key. Text is printed as it is, anything else as Python writes it. It counts as a read, as
-    that of any process does. The exit status is 1 if the key is missing.
+    that of any process does. The exit status is 1 if the key is missing. A KEY that begins with a dash goes behind
+    `--`.
 
     \b
     Example: shmcache get web user:17 --json
@@ -291,7 +305,7 @@ def get(name: str, key: str, key_type: str, as_json: bool, raw: bool) -> None:
     with Cache.attach(name) as cache:
         value = cache.get(wanted, DEFAULT)
     if value is DEFAULT:
-        fail_no_key(wanted, name)
+        fail_no_key(name, wanted)
     if raw:
         if not isinstance(value, (str, bytes)):
             raise click.ClickException(f"--raw is for str and bytes, and the value is of type {type(value).__name__}")
@@ -310,7 +324,7 @@ def get(name: str, key: str, key_type: str, as_json: bool, raw: bool) -> None:
     type=click.Choice(text.TYPES),
     default="str",
     show_default=True,
-    help="What VALUE is: text, a number, the bytes as typed, JSON, or a Python literal.",
+    help="What VALUE is: text, an int, the bytes as typed, JSON, or a Python literal.",
 )
 @click.option(
     "--ttl",
@@ -319,7 +333,8 @@ def get(name: str, key: str, key_type: str, as_json: bool, raw: bool) -> None:
     help='Expire after so many seconds; "none" for never.  [default: as the cache says]',
 )
 def set_(name: str, key: str, value: str, key_type: str, value_type: str, ttl: Any) -> None:
-    """Store a value. The cache must exist; a VALUE of - is read from standard input. Prints nothing.
+    """Store a value. The cache must exist; a VALUE of - is read from standard input. Prints nothing. A KEY or VALUE
+    that begins with a dash goes behind `--`, and then so do all that follow.
 
     \b
     Example: shmcache set web user:17 '{"name": "Ada"}' --value-type json --ttl 60
@@ -349,7 +364,7 @@ def decode(data: bytes) -> str:
 @as_json
 def delete(name: str, keys: tuple[str, ...], key_type: str, as_json: bool) -> None:
     """Remove keys from a cache. Prints how many were there. The exit status is 1 if any was missing; the others are
-    removed all the same.
+    removed all the same. A KEY that begins with a dash goes behind `--`.
 
     \b
     Example: shmcache delete web user:17 user:18
@@ -363,7 +378,7 @@ def delete(name: str, keys: tuple[str, ...], key_type: str, as_json: bool) -> No
     else:
         click.echo(f"{deleted} deleted")
     if missing:
-        raise click.ClickException(f"cache {name!r} has no key {', '.join(map(repr, missing))}")
+        fail_no_key(name, *missing)
 
 
 # --- the whole cache ------------------------------------------------------------------------------------------------

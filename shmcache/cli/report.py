@@ -78,7 +78,7 @@ def stats_lines(stats: Stats, width: int | None = None) -> Iterator[str]:
     yield ""
     rows = [[name, f"{getattr(stats, name):,}", show_rate(getattr(stats, name) / age)] for name in RATES]
     rows.insert(2, ["hit ratio", show_ratio(stats.hits, stats.misses), ""])
-    yield from table(("", "TOTAL", "PER SECOND"), rows, "<>>")
+    yield from table(("", "TOTAL", "AVERAGE PER SECOND"), rows, "<>>")
     yield ""
     wait = f", {1000 * stats.lock_wait_seconds / stats.lock_waits:.3g} ms on average" if stats.lock_waits else ""
     peak = f"peak {show_size(stats.peak_bytes)}, {show_size(stats.bytes_free)} free"

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, time, timedelta
 from typing import Any
 
+from shmcache.codec import encode_key
+
 __all__ = [
     "TYPES",
     "as_json",
+    "hint_at_type",
     "parse",
     "show_age",
     "show_key",
@@ -27,19 +30,50 @@ __all__ = [
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 def _not_a_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"it has no {name}")
 
 
 def _from_json(text: str) -> Any:
-    return json.loads(text, parse_constant=_not_a_constant)
+    try:
+        return json.loads(text, parse_constant=_not_a_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _from_python(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except SyntaxError as error:
+        raise ValueError(error.msg) from None
+    except (ValueError, TypeError):  # their messages show objects of the parser
+        raise ValueError(
+            "a literal has str, bytes, numbers, tuples, lists, dicts, sets, True, False and None only"
+        ) from None
+    except (MemoryError, RecursionError):
+        raise ValueError("it is nested too deep") from None
+
+
+def _from_utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the shell gave other bytes
+        raise ValueError("it is not UTF-8: give it the type bytes") from None
+    return text
+
+
+def _from_digits(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("digits, with a sign or not, were expected") from None
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": int,
+    "str": _from_utf8,
+    "int": _from_digits,
     "bytes": os.fsencode,
     "json": _from_json,
-    "python": ast.literal_eval,
+    "python": _from_python,
 }
 TYPES = tuple(_PARSERS)
 """What an argument may be said to be: text, a number, the bytes as typed, JSON, or a Python literal."""
@@ -49,10 +83,27 @@ def parse(text: str, kind: str, is_key: bool = False) -> Any:
     """The key or value that an argument stands for; raises ValueError. A JSON array is a tuple in a key."""
     try:
         value = _PARSERS[kind](text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        meant = {"int": "an int", "json": "JSON", "python": "a Python literal"}.get(kind, kind)
-        raise ValueError(f"{text!r} is not {meant} ({error})") from None
-    return _tuples(value) if is_key and kind == "json" else value
+    except ValueError as error:
+        meant = {"str": "text", "int": "an int", "json": "JSON", "python": "a Python literal"}.get(kind, kind)
+        raise ValueError(f"{text!r} is not {meant}: {error}") from None
+    if not is_key:
+        return value
+    key = _tuples(value) if kind == "json" else value
+    encode_key(key)
+    return key
+
+
+def hint_at_type(text: str) -> str | None:
+    """What else the text of a str key may stand for, as an option of the command line; None if that is unlikely."""
+    try:
+        literal = ast.literal_eval(text)
+        if isinstance(literal, (int, list)) and not isinstance(literal, bool):
+            kind = "int" if isinstance(literal, int) else "json"
+        else:
+            kind = "python"
+        return f"for the {type(parse(text, kind, is_key=True)).__name__} use --key-type {kind}"
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def _tuples(value: Any) -> Any:

@@ -151,10 +151,6 @@ class Registry:
             return False
         return line == self.own_line or locked
 
-    def others_alive(self) -> bool:
-        """Whether any other process is attached."""
-        return is_byte_locked(self.fd, 0, self.processes)
-
     def live_lines(self) -> Iterator[int]:
         """The lines whose processes are attached now, this one's included."""
         for line in range(self.processes):

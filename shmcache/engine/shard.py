@@ -115,11 +115,15 @@ class Shard:
         elif not self.mutex().lock.locked():
             with self.mutex().lock:
                 try:
-                    self.mutex().owner = get_ident()
-                    if self.lock.try_acquire() and not self.is_dirty():
-                        self.record_hit_locked(request)
+                    try:
+                        self.mutex().owner = get_ident()
+                        if self.lock.try_acquire() and not self.is_dirty():
+                            self.record_hit_locked(request)
+                    finally:
+                        self.leave()
                 finally:
                     self.leave()
+                    self.mutex().owner = 0
         return 0
 
     def record_hit_locked(self, request: Request) -> None:
@@ -147,11 +151,15 @@ class Shard:
             self.mutex().refuse_reentry()
             with self.mutex().lock:
                 try:
-                    self.mutex().owner = get_ident()
-                    self.enter(timeout_ns)
-                    start = self.run_locked(requests, start, now)
+                    try:
+                        self.mutex().owner = get_ident()
+                        self.enter(timeout_ns)
+                        start = self.run_locked(requests, start, now)
+                    finally:
+                        self.leave()
                 finally:
-                    self.leave()
+                    self.leave()  # a signal handler that raised may have interrupted the first
+                    self.mutex().owner = 0
         return start
 
     def run_locked(self, requests: list[Request], start: cython.int, now: cython.ulonglong) -> int:
@@ -176,11 +184,15 @@ class Shard:
         self.mutex().refuse_reentry()
         with self.mutex().lock:
             try:
-                self.mutex().owner = get_ident()
-                self.enter(timeout_ns)
-                return self.inspect_locked(self, rebuild)
+                try:
+                    self.mutex().owner = get_ident()
+                    self.enter(timeout_ns)
+                    return self.inspect_locked(self, rebuild)
+                finally:
+                    self.leave()
             finally:
                 self.leave()
+                self.mutex().owner = 0
 
     def run_one(self, request: Request, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
         """Take the lock and perform one request; its status. Raises LockTimeout."""
