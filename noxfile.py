@@ -158,10 +158,15 @@ def tests(session: nox.Session, mode: str) -> None:
 
 @nox.session
 def torture(session: nox.Session) -> None:
-    """A short run of the torture suite, all of it. Arguments after `--` go to it, such as `--for 60`."""
+    """The torture suite: by default a death before every store, of which the tests try some.
+
+    Arguments after `--` go to it: `nox -s torture -- --for 60` runs all of it for an hour.
+    """
     need_compiler(session)
     session.install("-e", ".[test]", env={"SHMCACHE_REQUIRE_EXTENSION": "1"})
-    session.run("python", "-m", "tests.torture", *(session.posargs or ["--for", "1", "--no-progress"]))
+    session.run(
+        "python", "-m", "tests.torture", *(session.posargs or ["--only", "faults", "--for", "4", "--no-progress"])
+    )
 
 
 @nox.session

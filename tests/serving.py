@@ -71,6 +71,16 @@ class Server:
         assert len(answers) == workers, f"only {sorted(answers)} of {workers} workers answered\n{self.log}"
         return answers
 
+    def wait_until_all_workers_wait(self) -> None:
+        """uWSGI (2.0.31, with any application) loses a signal to a worker that is still starting, and waits for it."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            workers = psutil.Process(self.process.pid).children()
+            if workers and all(_waits(worker) for worker in workers):
+                return
+            time.sleep(0.01)
+        pytest.fail(f"its workers never came to rest\n{self.log}")
+
     @property
     def log(self) -> str:
         """What the server wrote so far."""
@@ -104,6 +114,13 @@ def serve(command: Callable[[str], list[str]], cache: str, directory: Path) -> I
             pytest.fail(f"the server did not end\n{server.log}")
         finally:
             _end(process)
+
+
+def _waits(process: psutil.Process) -> bool:
+    """Whether it has slept for a while, as a worker does that waits for a request."""
+    before = process.cpu_times()
+    time.sleep(0.1)
+    return process.status() == psutil.STATUS_SLEEPING and process.cpu_times() == before
 
 
 def _await_answer(server: Server) -> None:

@@ -136,19 +136,18 @@ class Runner:
 
     def run_server(self, block: Block, command: list[str]) -> None:
         program, at = BIN / command[0], command.index("127.0.0.1:8000")
-        # uWSGI (2.0.31, with any application) can lose the signal to a worker that is still starting, and kills that
-        # worker when its mercy ends: by default after a minute.
-        scheme, more = {"gunicorn": ("unix:", []), "uwsgi": ("", ["--worker-reload-mercy=3"])}[command[0]]
+        scheme = {"gunicorn": "unix:", "uwsgi": ""}[command[0]]
         if not program.exists():
             self.not_run.append(f"line {block.line} needs {command[0]}")
             self.shell(block, "python -c 'import web'")  # what follows is about the cache that it opens
             return
 
         def with_address(address: str) -> list[str]:
-            return [str(program), *command[1:at], scheme + address, *command[at + 1 :], *more]
+            return [str(program), *command[1:at], scheme + address, *command[at + 1 :]]
 
         with serve(with_address, self.name, self.directory) as server:
             assert server.ask("/")[0] == 200, server.log
+            server.wait_until_all_workers_wait()
 
     def shell(self, block: Block, commands: str) -> str:
         """The output of commands, which must succeed."""
