@@ -397,3 +397,57 @@ def test_undoing_an_insertion_hides_no_neighbour(
     monkeypatch.setattr(reader, "load_acquire", load_acquire)
     assert cache.get("base") == "there"
     assert stepped
+
+
+class Forks:
+    """A value whose pickling forks; the child goes on with the operation."""
+
+    child = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        Forks.child = os.fork()
+        return bytes, (b"x",)
+
+
+def test_a_child_that_is_forked_by_the_serializer_is_a_process_of_its_own(make_cache: Callable[..., Cache]) -> None:
+    """If it went on under its parent's name, its death would leave a lock that a live process seems to have."""
+    cache = make_cache(max_bytes="1MB", shards=1, serializer="pickle")
+    parent = os.getpid()
+    owner = cache.attachment.member.owner
+    for store_it in (cache.set, lambda key, value: cache.set_many({key: value})):
+        try:
+            store_it("key", Forks())
+        finally:
+            if os.getpid() != parent:
+                os._exit(0 if cache.attachment.member.owner not in (0, owner) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(Forks.child, 0)[1]) == 0
+        assert cache.attachment.member.owner == owner
+
+
+def test_a_waiter_moves_to_the_new_cache_when_the_old_one_is_unlinked(
+    make_cache: Callable[..., Cache], clock: Clock
+) -> None:
+    """Nobody closed anything: it waits for a lock of a cache that is gone, and another thread has attached anew."""
+    cache = make_cache(max_bytes="1MB", shards=1, lock_timeout=30, clock=clock)
+    old = cache.attachment
+    lock = old.geometry.region(0).header + layout.S_LOCK
+    end = Gate()
+
+    def hold() -> None:
+        cache._attached()
+        store(old.words, lock, cache.attachment.member.owner)
+        end.wait()
+
+    holder = Child(hold)
+    until(lambda: load(old.words, lock))
+    waiter = threading.Thread(target=lambda: cache.set("key", "value"))
+    waiter.start()
+    until(lambda: load(old.words, lock - layout.S_LOCK + layout.S_WAITERS))
+    run("import sys; from shmcache import Cache; Cache(sys.argv[1]).unlink()", cache.name)
+    clock.advance(1)
+    assert cache.get("key") is None
+    assert cache.attachment is not old
+    waiter.join(30)
+    assert cache.get("key") == "value"
+    end.open()
+    assert holder.wait() == 0
