@@ -93,6 +93,11 @@ class Result:
     skipped: str | None = None
 
 
+def percentile(samples: list[float], share: float) -> float:
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
 def load(name: str) -> Part:
     part: Part = importlib.import_module(f"tests.torture.{name}").PART
     return part
