@@ -12,12 +12,16 @@ What is claimed, in every reachable state:
     no lost wake-up nobody sleeps for ever beside a free lock, even if sleeps had no end      (invalid end state)
     an end          where a sleep and the patience with a silent owner do end, all processes do  (non-progress cycle)
 
-The claim about wake-ups needs NO_TIMEOUT and NO_CRASH: one who dies between counting a waiter out and posting for it
-takes the wake-up along, which is what the millisecond of a sleep is for. tests/torture/lock_model.py runs the variants.
+The claim about wake-ups needs NO_TIMEOUT and NO_CRASH: one who dies with the lock, or between counting a waiter out and
+posting for it, wakes nobody. That is what the millisecond of a sleep is for. A post for nobody stays in circulation: it
+makes a later waiter spin where it should sleep. `release` counts out before it posts for that reason alone; the other
+way round no wake-up would be lost either.
+
+tests/torture/lock_model.py runs the variants:
 
     NO_TIMEOUT      a sleep ends with a post only, and nobody gives up waiting
     NO_CRASH        nobody dies
-    ALWAYS_PROBE    a waiter asks each time whether the owner lives, as it does in the end; without this it may or may not
+    ALWAYS_PROBE    a waiter asks each time whether the owner lives, as it does in the end; otherwise it may or may not
     NO_SUCCESSOR    nobody takes the line of one who died
     ROUNDS, DEATHS  how often each process takes the lock, and how many die
     BUG_...         a mistake, which the claims must refute

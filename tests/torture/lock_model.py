@@ -38,7 +38,7 @@ SHORT = (
     Variant("post before decrement", ("NO_TIMEOUT", "NO_CRASH", "BUG_POST_BEFORE_DECREMENT"), r"\(unposted>0\)"),
     Variant("store before log entry", ("ROUNDS=1", "DEATHS=1", "BUG_STORE_BEFORE_LOG"), r"word\[0\]==word\[1\]"),
     Variant("steal on time-out", ("NO_CRASH", "BUG_STEAL_ON_TIMEOUT"), r"running\[.*!=holder"),
-    # What the millisecond is for: if sleeps had no end, a death could take a wake-up along.
+    # What the millisecond is for: if sleeps had no end, those who wait for a dead owner would never look again.
     Variant("sleep without end", ("NO_TIMEOUT", "ROUNDS=1", "DEATHS=1", "NO_SUCCESSOR"), "invalid end state"),
 )
 LONG = (
