@@ -203,8 +203,9 @@ def package(session: nox.Session) -> None:
     sources = {
         str(path) for path in Path("shmcache").rglob("*") if path.suffix in (".py", ".pxd") or path.name == "py.typed"
     }
-    for name, files in ((sdist.name, packed), (wheel.name, installed)):
-        if lacking := sources - files:
+    models = {str(path) for path in Path("shmcache").rglob("*.pml")}  # to be read and checked, not to be installed
+    for name, files, needed in ((sdist.name, packed, sources | models), (wheel.name, installed, sources)):
+        if lacking := needed - files:
             session.error(f"{name} lacks {', '.join(sorted(lacking))}")
     if built := [name for name in packed if name.endswith((".c", ".so"))]:
         session.error(f"{sdist.name} holds what a build made: {', '.join(built)}")
