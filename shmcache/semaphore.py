@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import posix_ipc
@@ -66,9 +67,10 @@ class Sleeper:
         with contextlib.suppress(*_UNAVAILABLE):
             posix_ipc.unlink_semaphore(self.name)
 
-    def __del__(self) -> None:
-        # Only here does nobody sleep on it any more: closing it unmaps the memory.
-        if self._semaphore is not None:
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Only here does nobody sleep on it any more: closing it unmaps the memory. At the end of the interpreter the
+        # globals of this module may be gone, and the process will be soon.
+        if self._semaphore is not None and not _is_finalizing():
             with contextlib.suppress(*_UNAVAILABLE):
                 self._semaphore.close()
 

@@ -96,6 +96,13 @@ class Child:
         assert self.status is not None
         return self.status
 
+    def poll(self) -> None:
+        """Fail if it has ended, which is not expected yet."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self.status = os.waitstatus_to_exitcode(status)
+            raise AssertionError(f"process {self.pid} ended by itself with status {self.status}")
+
     def reap(self) -> None:
         """Wait without a deadline, for what is certain to have ended or to end."""
         _, status = os.waitpid(self.pid, 0)

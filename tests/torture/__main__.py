@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import secrets
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from shmcache import is_compiled
-from tests.torture.campaign import NAMES, Result, load, run
-
-
-def percentile(samples: list[float], share: float) -> float:
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+from tests.torture.campaign import NAMES, ROOT, Result, load, percentile, run
 
 
 def describe(result: Result) -> str:
@@ -42,6 +40,19 @@ def table(results: list[Result], seed: int) -> Table:
         failures = f"[red]{len(result.failures)}[/red]" if result.failures else "0"
         shown.add_row(result.name, f"{result.seconds:.0f}", f"{result.rounds:,}", describe(result), failures)
     return shown
+
+
+def circumstances() -> dict[str, str]:
+    """Of what, by what and on what the figures are."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "commit": described.stdout.strip() or "unknown",
+        "mode": "compiled" if is_compiled() else "uncompiled",
+        "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+    }
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +90,8 @@ def main(minutes: float, seed: int | None, only: tuple[str, ...], report: Path |
                 console.print(f"[red]{name}[/red]: {failure}", markup=True, highlight=False)
     console.print(table(results, seed))
     if report is not None:
-        report.write_text(json.dumps({"seed": seed, "minutes": minutes, "parts": [vars(each) for each in results]}))
+        figures = {"seed": seed, "minutes": minutes, **circumstances(), "parts": [vars(each) for each in results]}
+        report.write_text(json.dumps(figures))
     sys.exit(1 if any(result.failures for result in results) else 0)
 
 

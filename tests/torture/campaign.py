@@ -28,7 +28,7 @@ from shmcache import Cache, segment
 from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("faults", "kills", "interrupts")
+NAMES = ("faults", "double_deaths", "kills", "interrupts", "torn_reads", "linearizability")
 SILENCE = 120.0  # seconds without a word after which a part is taken to hang
 REPORT = 0.25  # seconds between two words
 
@@ -91,6 +91,11 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     skipped: str | None = None
+
+
+def percentile(samples: list[float], share: float) -> float:
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
 def load(name: str) -> Part:
