@@ -77,7 +77,8 @@ def examine(name: str | None = None) -> Iterator[Finding]:
             f"it cannot be listed ({error.strerror})",
             "let this user read, write and search it (it is a tmpfs with mode 1777 on most machines)",
         )
-    if name is not None and unlisted is None and name not in {_cache_of(file) for file in listed}:
+    known = unlisted is None and not _is_missing()
+    if name is not None and known and name not in {_cache_of(file) for file in listed}:
         raise CacheNotFound(f"there is no cache named {name!r}: `shmcache ls` lists those of this user")
     yield from engine()
     yield from shared_memory()
@@ -86,9 +87,11 @@ def examine(name: str | None = None) -> Iterator[Finding]:
     yield from limits()
     yield from logind(LOGIND)
     yield from stale_files(name)
-    names = [each for each in segment.names() if _cache_of(segment.file_name(each))] if name is None else [name]
-    for each in names:
-        yield from cache(each)
+    if not os.access(segment.DIRECTORY, os.X_OK):
+        return  # no file can be opened, which says nothing about a cache
+    for each in segment.names() if name is None else [name]:
+        if _cache_of(segment.file_name(each)):
+            yield from cache(each)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def engine() -> Iterator[Finding]:
 def shared_memory() -> Iterator[Finding]:
     """Whether /dev/shm is there, how large it is, and what is left of it."""
     directory, about = segment.DIRECTORY, str(segment.DIRECTORY)
-    if sys.platform == "linux" and not Path("/dev/shm").is_dir():
+    if _is_missing():
         yield Finding(
             "problem",
             "/dev/shm",
@@ -151,6 +154,10 @@ def shared_memory() -> Iterator[Finding]:
             "for larger caches: Docker `--shm-size=1g`; Kubernetes an emptyDir volume with `medium: Memory` mounted "
             "at /dev/shm",
         )
+
+
+def _is_missing() -> bool:
+    return sys.platform == "linux" and not Path("/dev/shm").is_dir()
 
 
 def limits() -> Iterator[Finding]:
