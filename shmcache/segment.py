@@ -35,18 +35,25 @@ from pathlib import Path
 import posix_ipc
 
 from shmcache.engine import layout
-from shmcache.engine.bytelock import Guard, under_setup_lock
+from shmcache.engine.bytelock import REAPER_BYTE, Guard, is_byte_locked, under_setup_lock
 from shmcache.engine.layout import Geometry
 from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
 from shmcache.engine.repair import inspect_locked
 from shmcache.engine.shard import Shard
 from shmcache.engine.store import is_compiled
-from shmcache.errors import CacheNotFound, CorruptSegment, GeometryMismatch, IncompatibleSegment, SegmentTooLarge
+from shmcache.errors import (
+    CacheNotFound,
+    CorruptSegment,
+    GeometryMismatch,
+    IncompatibleSegment,
+    LockTimeout,
+    SegmentTooLarge,
+)
 from shmcache.reaper import start_reaper
 from shmcache.semaphore import Sleeper
 
-__all__ = ["Attachment", "Wish", "attach", "names", "unlink"]
+__all__ = ["Attachment", "Wish", "attach", "is_left_over", "names", "unlink"]
 
 DIRECTORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 MAX_NAME = 100
@@ -296,6 +303,39 @@ def unlink(name: str, timeout: float = 5.0) -> bool:
             return under_setup_lock(fd, timeout, partial(_remove_files, name))
         finally:
             os.close(fd)
+
+
+def is_left_over(name: str, timeout: float) -> bool:
+    """Whether nobody has an ephemeral cache any more, nor a reaper that will remove it. Attaching would remove it.
+
+    Raises LockTimeout when attaching would have to wait for longer than `timeout`, CacheNotFound if there is none.
+    """
+    check_name(name)
+    with process_mutex():
+        if name in _attachments:
+            return False  # it is in use here, and closing a second descriptor would drop the locks of the first
+        fd = _open_lock_file(name, create=False)
+        try:
+            return under_setup_lock(fd, timeout, partial(_has_nobody, name, fd, timeout))
+        finally:
+            os.close(fd)
+
+
+def _has_nobody(name: str, lock_fd: int, timeout: float) -> bool:
+    if not is_byte_locked(lock_fd, REAPER_BYTE):
+        return not _is_in_use(lock_fd)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:  # the reaper has it to itself, for a moment
+            if time.monotonic() > deadline:
+                raise LockTimeout(
+                    f"the reaper of the ephemeral cache {name!r} has kept everybody out for {timeout} s: look for a "
+                    f"stopped process (SIGSTOP) with `shmcache doctor {name}`"
+                ) from None
+        time.sleep(0.0005)
 
 
 def names() -> list[str]:

@@ -30,6 +30,8 @@ ON_A_CACHE = {  # every command that works on a cache, with arguments that do
     "keys": [],
     "info": ["key"],
     "check": [],
+    "doctor": [],
+    "repair": [],
     "get": ["key"],
     "set": ["key", "value"],
     "delete": ["key"],

@@ -46,7 +46,7 @@ CACHES = {"README.md": ["shop"], "usage.md": ["warehouse"], "deployment.md": ["w
 NO_CACHES = ["no-such-cache", "default"]  # names that an example gives without opening a cache
 _USE_OF_A_CACHE = re.compile(
     r"""Cache(?:\.attach)?\("([^"]*)" | \bfrom_env\(name="([^"]*)" | \bCACHE_NAME=(\S+)
-      | \bshmcache\ (?:stats|keys|info|get|set|delete|check|clear|unlink)\ ([\w.]+)""",
+      | \bshmcache\ (?:stats|keys|info|get|set|delete|check|doctor|repair|clear|unlink)\ ([\w.]+)""",
     re.VERBOSE,
 )
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -284,6 +284,52 @@ def check(name: str, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+@shmcache.command()
+@click.argument("name", type=CacheName(), required=False)
+@as_json
+def doctor(name: str | None, as_json: bool) -> None:
+    """Look for what is wrong, and say what to do about it. It looks at the engine, /dev/shm, limits, and stale files;
+    and of every cache of this user, or of NAME only, at locks, processes, room and contents. It changes nothing, and
+    waits a second at most for a lock that a process holds. The exit status is 1 if there is a problem; what is said as
+    information is none. With --json, an array of objects with level (ok, info or problem), about, found and do.
+
+    \b
+    Example: shmcache doctor
+    """
+    from shmcache.cli import report
+    from shmcache.doctor import examine
+
+    findings = []
+    for finding in examine(name):
+        findings.append(finding)
+        if not as_json:
+            for line in report.finding_lines(finding):
+                click.echo(line)
+    if as_json:
+        click.echo(text.as_json([finding.as_dict() for finding in findings]))
+    if any(finding.level == "problem" for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+@shmcache.command()
+@cache_name
+@as_json
+def repair(name: str, as_json: bool) -> None:
+    """Make a cache sound again, whatever `check` finds. Everything that follows from the entries is made anew, and
+    entries that cannot be proved are dropped: a line each. Each shard is locked meanwhile. The exit status is 0, also
+    when something was dropped.
+
+    \b
+    Example: shmcache repair web
+    """
+    with Cache.attach(name) as cache:
+        dropped = cache.repair()
+    if as_json:
+        click.echo(text.as_json({"name": name, "dropped": dropped}))
+    else:
+        click.echo("\n".join(dropped or [f"{name}: nothing was dropped"]))
+
+
 # --- reading and writing --------------------------------------------------------------------------------------------
 @shmcache.command()
 @cache_name

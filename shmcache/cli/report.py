@@ -1,4 +1,4 @@
-"""What `ls` and `stats` say: the figures of a cache as people read them, and who the attached processes are."""
+"""What `ls`, `stats` and `doctor` say: figures and findings as people read them, and who the attached processes are."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 
 from shmcache import segment
 from shmcache.cli.text import show_age, show_ratio, show_size, table
+from shmcache.doctor import Finding
+from shmcache.engine.bytelock import holders
 from shmcache.engine.store import is_compiled
 from shmcache.stats import ProcessStats, Stats
 
 __all__ = [
     "RATES",
+    "finding_lines",
     "identify",
     "list_json",
     "list_lines",
@@ -156,6 +159,14 @@ def show_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
+# --- doctor ---------------------------------------------------------------------------------------------------------
+def finding_lines(finding: Finding) -> Iterator[str]:
+    """A finding, and on a line of its own what to do about it."""
+    yield f"{finding.level:<7}  {finding.about}: {finding.found}"
+    if finding.do:
+        yield f"{'':<7}  -> {finding.do}"
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Owner:
@@ -193,11 +204,5 @@ def identify(process: ProcessStats, holders: set[int] | None) -> Owner:
 
 def lock_holders(name: str) -> set[int] | None:
     """The pids, as seen from here, that hold locks in the lock file of a cache; None where the kernel does not tell."""
-    try:
-        status = segment.lock_path(name).stat()
-        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-        with open("/proc/locks") as locks:
-            # "1: POSIX ADVISORY WRITE 4711 00:1b:42 0 0"; one who waits has an arrow behind the number.
-            return {int(fields[4]) for fields in map(str.split, locks) if fields[1] == "POSIX" and fields[5] == file}
-    except OSError:
-        return None
+    found = holders(segment.lock_path(name))
+    return None if found is None else set(found.values())

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from shmcache.engine.primitives import ATOMIC_BYTE, process_epoch
@@ -25,6 +26,7 @@ __all__ = [
     "SETUP_BYTE",
     "Guard",
     "Mutex",
+    "holders",
     "is_byte_locked",
     "try_lock_byte",
     "under_setup_lock",
@@ -98,7 +100,7 @@ def _await_setup_byte(fd: int, timeout: float) -> None:
             if time.monotonic() > deadline:
                 raise LockTimeout(
                     f"somebody has been creating, attaching to or unlinking this cache for {timeout} s, longer "
-                    f"than lock_timeout allows: look for a stopped process (SIGSTOP) with `shmcache ls`"
+                    f"than lock_timeout allows: look for a stopped process (SIGSTOP) with `shmcache doctor`"
                 )
             time.sleep(0.0005)
     except ValueError:
@@ -153,3 +155,19 @@ def is_byte_locked(fd: int, byte: int, count: int = 1) -> bool:
         fields = (fcntl.F_WRLCK, os.SEEK_SET, byte, count, 0)
     answer = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, *fields)))
     return bool(answer[3 if sys.platform == "darwin" else 0] != fcntl.F_UNLCK)
+
+
+def holders(path: Path) -> dict[int, int] | None:
+    """Which bytes of a lock file are locked, and by which processes: their pids as seen from here.
+
+    Processes of another pid namespace do not show. None where the kernel does not tell, or there is no such file.
+    """
+    try:
+        status = path.stat()
+        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        with open("/proc/locks") as locks:
+            # "1: POSIX ADVISORY WRITE 4711 00:1b:42 0 0"; one who waits has an arrow behind the number.
+            found = [fields for fields in map(str.split, locks) if fields[1] == "POSIX" and fields[5] == file]
+    except OSError:
+        return None
+    return {int(fields[6]): int(fields[4]) for fields in found}
