@@ -5,9 +5,10 @@ its process lives (`membership.py`); so a dead owner is told from a slow one, an
 sleep on a semaphore, never longer than a millisecond at a time, so a lost wake-up costs a millisecond and no more.
 
     acquire     CAS(word, 0, id); spin a little; waiters += 1; look again; sleep; see whether the owner is dead
-    release     word = 0; if waiters: waiters -= 1, then post     (in this order: a post for nobody is harmless)
+    release     word = 0; if waiters: waiters -= 1, then post     (in this order fewer posts are for nobody)
 
-A waiter that was woken has been counted out by the one who woke it; one that overslept counts itself out.
+A waiter that was woken has been counted out by the one who woke it; one that overslept counts itself out. A post for
+nobody makes a later waiter look once more for nothing. `lock.pml` is a model of all this.
 """
 
 from __future__ import annotations
