@@ -153,7 +153,12 @@ def tests(session: nox.Session, mode: str) -> None:
     )
     # Most tests wait for processes of their own: a test process for each core takes little more than half the time.
     spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
-    session.run("pytest", *spread, *session.posargs, env=env)
+    # These run on the sources whatever is installed: the other mode has them.
+    elsewhere = ["faults", "double_deaths"] if mode == "compiled" else []
+    if session.python != PYTHONS[0]:
+        elsewhere.append("lock_model")  # it knows no Python
+    repeated = [f"--deselect=tests/test_torture.py::test_short[{part}]" for part in elsewhere]
+    session.run("pytest", *spread, *repeated, *session.posargs, env=env)
 
 
 @nox.session
