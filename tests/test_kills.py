@@ -17,7 +17,8 @@ from shmcache import Cache, LockTimeout
 from shmcache.engine import layout
 from tests.processes import Family, Gate, no_gc, until
 
-LONGEST_STALL = 1.0  # seconds
+STALL = 0.05  # seconds after a holder's death within which others work on; more is the machine's, and seen rarely
+LONGEST_STALL = 1.0  # seconds, always
 
 
 def milliseconds(seconds: list[float]) -> str:
@@ -107,6 +108,7 @@ def test_a_killed_holder_is_succeeded_at_once(small: Cache, show: Callable[[str]
             assert small.get("key") == number
             assert small.stats().recoveries == number + 1
     show(f"taking over from a killed holder: {milliseconds(took)}")
+    assert sorted(took)[len(took) // 2] < STALL
     assert max(took) < LONGEST_STALL / 4
 
 

@@ -461,8 +461,7 @@ class Store:
         """Entries from slot `position` on, at most `count` of them, without a lock, and where to go on (None: the end).
 
         An entry that is there all the while is in the answer exactly once, one that comes or goes perhaps; a key that
-        is deleted and stored again may be seen as both. The
-        second of a pair is the value, or None without `values`.
+        is deleted and stored again may be seen as both. The second of a pair is the value, or None without `values`.
         """
         now: cython.ulonglong = self.now()
         request: Request = self.take()
