@@ -150,7 +150,7 @@ RUN_AFTER_FREE = 0x8000_0000
 # --- limits ---------------------------------------------------------------------------------------------------------
 MAX_KEY_BYTES = 65_535
 SPINS = 100  # looks at a held lock, 1 to 2 us, before a waiter sleeps
-PROBE_NS = 2_000_000  # how long one owner is watched before the kernel is asked whether it lives
+PROBE_NS = 1_000_000  # how long one owner is watched before the kernel is asked whether it lives
 READ_ATTEMPTS = 8  # then a reader takes the lock
 READ_PATIENCE_NS = 50_000_000  # how long it waits for it, while nothing moves, before it calls its key absent
 READ_WAITS = 20  # and how often it does so while others change things
