@@ -110,8 +110,14 @@ class Child:
 
     def wait_until_stopped(self) -> None:
         """Wait until SIGSTOP has stopped it."""
+        assert self.has_stopped(), self.status
+
+    def has_stopped(self) -> bool:
+        """Wait until it has been stopped, by a signal or its tracer, or has ended; whether it was stopped."""
         _, status = os.waitpid(self.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status), status
+        if not os.WIFSTOPPED(status):
+            self.status = os.waitstatus_to_exitcode(status)
+        return self.status is None
 
 
 _OBEY = """

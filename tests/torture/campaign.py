@@ -28,7 +28,16 @@ from shmcache import Cache, segment
 from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("faults", "double_deaths", "kills", "interrupts", "torn_reads", "linearizability", "lock_model")
+NAMES = (
+    "faults",
+    "instructions",
+    "double_deaths",
+    "kills",
+    "interrupts",
+    "torn_reads",
+    "linearizability",
+    "lock_model",
+)
 SILENCE = 120.0  # seconds without a word after which a part is taken to hang
 REPORT = 0.25  # seconds between two words
 

@@ -13,7 +13,8 @@ from shmcache.engine import lock
 from tests.conftest import Clock
 from tests.processes import no_gc
 from tests.torture.campaign import Part, Trial
-from tests.torture.faults import CASES, Case, Image, contents, dies, small_cache
+from tests.torture.faults import dies
+from tests.torture.situations import CASES, Case, Image, contents, mend, small_cache
 
 STORES = 130  # about as many as the longest operations have, and
 RECOVERY_STORES = 60  # as most recoveries have: a later one is no death
@@ -24,7 +25,7 @@ TRIES = 50  # of each cache
 def rounds(trial: Trial) -> Iterator[None]:
     """A round is an operation with at least two deaths."""
     lock.PROBE_NS = 0  # ask the kernel about a silent owner at once
-    names = [name for name in CASES if not name.startswith("recovery")]
+    names = list(CASES)
     with no_gc():
         while True:
             clock = Clock()
@@ -58,13 +59,6 @@ def die_again_and_again(trial: Trial, cache: Cache, case: Case) -> int:
             break
         deaths += 1
     return deaths
-
-
-def mend(cache: Cache, case: Case) -> None:
-    if case.mend is None:
-        cache.delete("no such key")
-    else:
-        case.mend(cache)
 
 
 PART = Part(
