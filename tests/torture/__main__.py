@@ -90,7 +90,9 @@ def main(minutes: float, seed: int | None, only: tuple[str, ...], report: Path |
                 console.print(f"[red]{name}[/red]: {failure}", markup=True, highlight=False)
     console.print(table(results, seed))
     if report is not None:
-        figures = {"seed": seed, "minutes": minutes, **circumstances(), "parts": [vars(each) for each in results]}
+        chosen = "".join(f" --only {name}" for name in only)
+        command = f"python -m tests.torture --for {minutes:g} --seed {seed}{chosen}"
+        figures = {"command": command, **circumstances(), "parts": [vars(each) for each in results]}
         report.write_text(json.dumps(figures))
     sys.exit(1 if any(result.failures for result in results) else 0)
 

@@ -1,7 +1,9 @@
-"""Turns the figures of a run into what docs/reliability.md shows: a table, and a plot of how long others were held up.
+"""Turns the figures of a run into what docs/reliability.md and the README show: tables, and a plot of recoveries.
 
 python -m tests.torture --for 60 --json run.json
 python -m tests.torture.report run.json
+
+Parts that were run by themselves (`--only`), each with a file, make one page together.
 """
 
 from __future__ import annotations
@@ -13,11 +15,21 @@ from typing import Any
 
 import click
 
-from tests.torture.campaign import ROOT, load, percentile
+from tests.torture.campaign import NAMES, ROOT, load, percentile
 
 PAGE = ROOT / "docs" / "reliability.md"
+README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "images" / "recovery.svg"
 GREY = "#808080"  # legible on white and on black
+
+# What the README says of a part, with its counts; {deaths of lock holders} is a count of that name.
+HEADLINES = {
+    "kills": "**{kills}** workers killed with `kill -9` at random moments, {deaths of lock holders} of which had a lock",
+    "instructions": "**{states left by a death}** deaths tried, one after every machine instruction of each operation",
+    "double_deaths": "**{double deaths}** times the next process died while it recovered what the first had left",
+    "interrupts": "**{interrupts}** signal handlers that raised in the middle of an operation",
+    "torn_reads": "**{reads}** reads of values that others were writing at that moment",
+}
 
 
 def table(run: dict[str, Any], claims: dict[str, str]) -> str:
@@ -38,6 +50,18 @@ def durations(run: dict[str, Any]) -> str:
             p50, p99, longest = (1e3 * percentile(samples, share) for share in (0.5, 0.99, 1))
             lines.append(f"| {what} | {len(samples):,} | {p50:.2f} | {p99:.2f} | {longest:.2f} |")
     return "\n".join(lines)
+
+
+def headlines(run: dict[str, Any]) -> str:
+    """The list of the README."""
+    lines = []
+    for part in run["parts"]:
+        if part["name"] in HEADLINES:
+            counts = {what: f"{number:,}" for what, number in part["counts"].items()}
+            lines.append("- " + HEADLINES[part["name"]].format_map(counts))
+    failures = sum(len(part["failures"]) for part in run["parts"])
+    said = "no hang, no lock lost, no wrong or torn value, no stored entry lost"
+    return "\n".join([*lines, "", f"Failures: {failures or f'none: {said}'}."])
 
 
 def plot(run: dict[str, Any], file: Path) -> None:
@@ -74,21 +98,43 @@ def fill_in(page: str, name: str, text: str) -> str:
     return between.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
 
 
-@click.command()
-@click.argument("run", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def main(run: Path) -> None:
-    """Put the figures of RUN, a file that `python -m tests.torture --json` wrote, into docs/reliability.md."""
-    figures = json.loads(run.read_text())
-    claims = {part["name"]: load(part["name"]).claim for part in figures["parts"]}
-    how = (
-        f"`python -m tests.torture --for {figures['minutes']:g} --seed {figures['seed']}`, at commit "
-        f"`{figures['commit']}`, {figures['mode']}, Python {figures['python']}, on {figures['machine']}."
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of several runs of the same commit as one; the last run of a part counts."""
+    if len({run["commit"] for run in runs}) > 1:
+        raise click.UsageError("these are runs of several commits: a page is about one")
+    parts = {part["name"]: part for run in runs for part in run["parts"]}
+    return {**runs[-1], "parts": [parts[name] for name in NAMES if name in parts]}
+
+
+def how(runs: list[dict[str, Any]]) -> str:
+    """By which commands, of what and on what."""
+    last = runs[-1]
+    commands = ", ".join(f"`{run['command']}`" for run in runs)
+    return (
+        f"{commands}, at commit `{last['commit']}`, {last['mode']}, Python {last['python']}, on {last['machine']}: "
+        f"{sum(part['seconds'] for run in runs for part in run['parts']) / 60:.0f} minutes."
     )
-    page = PAGE.read_text()
-    for name, text in (("how", how), ("table", table(figures, claims)), ("durations", durations(figures))):
-        page = fill_in(page, name, text)
-    PAGE.write_text(page)
-    plot(figures, PLOT)
+
+
+@click.command()
+@click.argument("files", metavar="RUN...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+def main(files: tuple[Path, ...]) -> None:
+    """Put the figures of each RUN, a file of `python -m tests.torture --json`, into docs/reliability.md and README.md."""
+    runs = [json.loads(file.read_text()) for file in files]
+    run = merged(runs)
+    claims = {part["name"]: load(part["name"]).claim for part in run["parts"]}
+    texts = {
+        "how": how(runs),
+        "table": table(run, claims),
+        "durations": durations(run),
+        "headlines": headlines(run),
+    }
+    for page in (PAGE, README):
+        text = page.read_text()
+        for name, filling in texts.items():
+            text = fill_in(text, name, filling)
+        page.write_text(text)
+    plot(run, PLOT)
 
 
 if __name__ == "__main__":
