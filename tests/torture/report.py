@@ -24,7 +24,7 @@ GREY = "#808080"  # legible on white and on black
 
 # What the README says of a part, with its counts; {deaths of lock holders} is a count of that name.
 HEADLINES = {
-    "kills": "**{kills}** workers killed with `kill -9` at random moments, {deaths of lock holders} of which had a lock",
+    "kills": "**{kills}** workers killed by `kill -9` at any moment, {deaths of lock holders} of which had a lock",
     "instructions": "**{states left by a death}** deaths tried, one after every machine instruction of each operation",
     "double_deaths": "**{double deaths}** times the next process died while it recovered what the first had left",
     "interrupts": "**{interrupts}** signal handlers that raised in the middle of an operation",
@@ -119,7 +119,7 @@ def how(runs: list[dict[str, Any]]) -> str:
 @click.command()
 @click.argument("files", metavar="RUN...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def main(files: tuple[Path, ...]) -> None:
-    """Put the figures of each RUN, a file of `python -m tests.torture --json`, into docs/reliability.md and README.md."""
+    """Put the figures of each RUN, a file of `python -m tests.torture --json`, into the pages that show them."""
     runs = [json.loads(file.read_text()) for file in files]
     run = merged(runs)
     claims = {part["name"]: load(part["name"]).claim for part in run["parts"]}
