@@ -113,6 +113,15 @@ def test_kinds_of_key_hash_apart() -> None:
     assert len({key_hash(b"same bytes", 10, kind, 3**40, 5**27) for kind in (1, 2, 3)}) == 3
 
 
+def test_no_difference_of_keys_cancels_that_of_their_kinds() -> None:
+    """A kind that is xored to the seed is undone by a key with the like bit flipped, whatever the secret."""
+    for size in (5, 16, 40):
+        key = bytes(range(65, 65 + size))
+        alike = [key] + [key[:at] + bytes([key[at] ^ bits]) + key[at + 1 :] for at in range(size) for bits in (1, 2, 3)]
+        hashes = {key_hash(each, size, kind, 3**40, 5**27) for each in alike for kind in (1, 2, 3)}
+        assert len(hashes) == 3 * len(alike)
+
+
 def test_the_stored_hash_is_the_one_of_the_python_body(make_cache: Callable[..., Cache]) -> None:
     """Compiled and uncompiled code hash alike: what lies in the slots equals what primitives.py computes."""
     cache = make_cache(max_bytes="1MB", max_entries=200, shards=1)

@@ -81,7 +81,7 @@ cdef extern from * nogil:
     static inline shm_word shm_read8(const unsigned char *p) { shm_word v; memcpy(&v, p, 8); return v; }
     static inline shm_word shm_read4(const unsigned char *p) { uint32_t v; memcpy(&v, p, 4); return v; }
     static inline shm_word shm_hash(const unsigned char *p, shm_word n, shm_word kind, shm_word s0, shm_word s1) {
-        shm_word a, b, seed = s0 ^ kind, left = n;
+        shm_word a, b, seed = s0, left = n;
         while (left > 16) {
             seed = shm_fold(shm_read8(p) ^ s1, shm_read8(p + 8) ^ seed);
             p += 16; left -= 16;
@@ -90,7 +90,8 @@ cdef extern from * nogil:
         else if (left >= 4) { a = shm_read4(p); b = shm_read4(p + left - 4); }
         else if (left > 0) { a = ((shm_word)p[0] << 16) | ((shm_word)p[left >> 1] << 8) | p[left - 1]; b = 0; }
         else { a = 0; b = 0; }
-        return shm_fold(s0 ^ n, shm_fold(a ^ s1, b ^ seed));
+        /* the kind last: xored to the seed, it would cancel with the like difference of a key */
+        return shm_fold(s0 ^ (n | kind << 16), shm_fold(a ^ s1, b ^ seed));
     }
 
     static inline shm_word shm_now_ns(void) {

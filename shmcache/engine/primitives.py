@@ -215,9 +215,10 @@ def make_bytes(data: memoryview, at: int, size: int) -> bytes:
 def key_hash(key: bytes, size: int, kind: int, secret0: int, secret1: int) -> int:
     """A keyed 64-bit hash of the folded-multiply family (wyhash by Wang Yi, rapidhash by Nicolas De Carli).
 
-    Without the 128 secret bits nobody can choose keys that collide.
+    Without the 128 secret bits nobody can choose keys that collide. The kind goes in last, beside the size: xored to
+    the seed, it would cancel with the like difference of a key, whatever the secret.
     """
-    seed = secret0 ^ kind
+    seed = secret0
     at = 0
     while size - at > 16:
         seed = _fold(_word(key, at, 8) ^ secret1, _word(key, at + 8, 8) ^ seed)
@@ -230,7 +231,7 @@ def key_hash(key: bytes, size: int, kind: int, secret0: int, secret1: int) -> in
         a, b = _word(key, at, 4), _word(key, size - 4, 4)
     elif left > 0:
         a = key[at] << 16 | key[at + (left >> 1)] << 8 | key[size - 1]
-    return _fold(secret0 ^ size, _fold(a ^ secret1, b ^ seed))
+    return _fold(secret0 ^ (size | kind << 16), _fold(a ^ secret1, b ^ seed))
 
 
 def _fold(a: int, b: int) -> int:
