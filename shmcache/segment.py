@@ -24,6 +24,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -60,6 +61,7 @@ MAX_NAME = 100
 CHECK_MEMORY_FROM = 256 * 2**20  # bytes; smaller caches are not what exhausts a machine
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _LOCK_SUFFIX = "~lock"
+_NONBLOCK = os.O_NONBLOCK if sys.platform == "linux" else 0  # shm_open need not take it elsewhere
 
 
 @dataclass(frozen=True)
@@ -339,9 +341,10 @@ def _has_nobody(name: str, lock_fd: int, timeout: float) -> bool:
 
 
 def names() -> list[str]:
-    """The names of all caches of this user."""
+    """The names of all caches of this user. Anybody may put files of any name beside them, even with control codes."""
     prefix = file_name("")
-    return sorted(path.name[len(prefix) : -len(_LOCK_SUFFIX)] for path in DIRECTORY.glob(f"{prefix}*{_LOCK_SUFFIX}"))
+    found = (path.name[len(prefix) : -len(_LOCK_SUFFIX)] for path in DIRECTORY.glob(f"{prefix}*{_LOCK_SUFFIX}"))
+    return sorted(name for name in found if len(name) <= MAX_NAME and _NAME.match(name))
 
 
 def check_name(name: str) -> None:
@@ -397,34 +400,48 @@ def _attach(wish: Wish) -> Attachment:
 
 
 def _open_lock_file(name: str, create: bool) -> int:
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    # Non-blocking for the same reason as in `_refuse_strangers`, if somebody puts a file there at this very moment.
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     path = lock_path(name)
+    _refuse_strangers(path)
     try:
         fd = os.open(path, flags, 0o600)
     except FileNotFoundError:
         raise CacheNotFound(f"there is no cache named {name!r}: `shmcache ls` lists those of this user") from None
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR):
+        if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EAGAIN):
             raise IncompatibleSegment(
                 f"{path} is not a lock file of this user ({error.strerror}): remove it, or use another cache name"
             ) from error
         raise
     try:
-        _check_owner(fd, path)
+        _check_owner(os.fstat(fd), path)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _check_owner(fd: int, what: object) -> os.stat_result:
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise IncompatibleSegment(
-            f"{what} belongs to uid {status.st_uid} with mode {stat.filemode(status.st_mode)}, expected a regular file "
-            f"of uid {os.geteuid()} that nobody else may open (0600): remove it, or use another cache name"
-        )
-    return status
+def _refuse_strangers(path: Path) -> None:
+    """Raise IncompatibleSegment if what has this name is not a file of this user, without opening it.
+
+    Opening somebody else's file may take as long as they like: who has a lease on it is asked first, for 45 s.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _check_owner(path.lstat(), path)
+
+
+def _check_owner(status: os.stat_result, path: Path) -> None:
+    user = os.geteuid()
+    if stat.S_ISREG(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077 and status.st_nlink <= 1:
+        return
+    links = f" and {status.st_nlink} names" if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode) else ""
+    who = "remove it" if user in (status.st_uid, 0) else f"have uid {status.st_uid} or root remove it"
+    raise IncompatibleSegment(
+        f"{path} belongs to uid {status.st_uid} with mode {stat.filemode(status.st_mode)}{links}, expected a regular "
+        f"file of uid {user} that nobody else may open (0600) and that has no other name: {who}, or use another cache "
+        f"name"
+    )
 
 
 def _has_name(fd: int, name: str) -> bool:
@@ -436,8 +453,10 @@ def _has_name(fd: int, name: str) -> bool:
 
 
 def _open_segment(wish: Wish, lock_fd: int) -> Attachment:
+    path = DIRECTORY / file_name(wish.name)
+    _refuse_strangers(path)
     try:
-        memory = posix_ipc.SharedMemory("/" + file_name(wish.name))
+        memory = posix_ipc.SharedMemory("/" + file_name(wish.name), flags=_NONBLOCK)
     except posix_ipc.ExistentialError:
         if not wish.create:
             raise CacheNotFound(
@@ -446,14 +465,7 @@ def _open_segment(wish: Wish, lock_fd: int) -> Attachment:
         return _create(wish, lock_fd)
     except posix_ipc.PermissionsError as error:
         raise IncompatibleSegment(
-            f"the shared memory {file_name(wish.name)!r} belongs to another user: use another cache name"
-        ) from error
-    except (OSError, ValueError) as error:
-        if not (DIRECTORY / file_name(wish.name)).is_symlink() and (DIRECTORY / file_name(wish.name)).is_file():
-            raise  # too many open files, for instance
-        raise IncompatibleSegment(
-            f"{DIRECTORY / file_name(wish.name)} is not shared memory but a link, a directory or the like ({error}): "
-            f"remove it, or use another cache name"
+            f"this user may not open the shared memory {file_name(wish.name)!r}: remove it, or use another cache name"
         ) from error
     try:
         return _open_existing(wish, memory.fd, lock_fd)
@@ -481,7 +493,8 @@ class _HalfCreated(Exception):
 
 
 def _open_existing(wish: Wish, fd: int, lock_fd: int) -> Attachment:
-    status = _check_owner(fd, f"the shared memory {file_name(wish.name)!r}")
+    status = os.fstat(fd)
+    _check_owner(status, DIRECTORY / file_name(wish.name))
     header_bytes = layout.HEADER_WORDS * 8
     if status.st_size == 0:
         raise _HalfCreated

@@ -42,15 +42,11 @@ from shmcache.engine import layout
 from tests.conftest import Clock, files_left, new_name
 
 MakeCache = Callable[..., Cache]
-NOBODY = 65_534
 
 
 def identify(value: object) -> str:
     """The name of a case: never a repr with an address in it, on which two test processes could not agree."""
     return type(value).__name__
-
-
-only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 
 
 class Number(IntEnum):
@@ -574,68 +570,6 @@ def test_a_half_created_segment_is_finished_by_the_next_creator(name: str, stage
         assert cache.max_bytes == 2 * 2**20
 
 
-@only_root
-def test_files_of_another_user(closed: str) -> None:
-    for path in (segment_path(closed), segment.lock_path(closed)):
-        os.chown(path, NOBODY, NOBODY)
-        refuses(closed, IncompatibleSegment, f"belongs to uid {NOBODY} .*expected a regular file of uid 0.*another")
-        os.chown(path, 0, 0)
-
-
-def test_files_that_others_may_open(closed: str) -> None:
-    for path in (segment_path(closed), segment.lock_path(closed)):
-        for mode in (0o644, 0o660, 0o602, 0o604):
-            path.chmod(mode)
-            refuses(closed, IncompatibleSegment, r"mode -rw.*nobody else may open \(0600\): remove it, or use another")
-            assert path.stat().st_mode & 0o777 == mode
-        path.chmod(0o600)
-
-
-def test_created_files_are_for_their_user_only(make_cache: MakeCache) -> None:
-    before = os.umask(0)
-    try:
-        cache = make_cache(max_bytes="1MB")
-    finally:
-        os.umask(before)
-    for path in (segment_path(cache.name), segment.lock_path(cache.name)):
-        status = path.stat()
-        assert (status.st_mode & 0o777, status.st_uid) == (0o600, os.geteuid())
-
-
-@pytest.mark.parametrize("which", ["lock file", "segment"])
-@pytest.mark.parametrize("target_exists", [True, False])
-def test_a_symlink_is_not_followed(name: str, tmp_path: Path, which: str, target_exists: bool) -> None:
-    target = tmp_path / "precious"
-    if target_exists:
-        target.write_text("precious")
-        target.chmod(0o600)
-    link = segment.lock_path(name) if which == "lock file" else segment_path(name)
-    segment.lock_path(name).touch(0o600)
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
-    refuses(name, IncompatibleSegment, "(remove it|another cache name|another name)")
-    assert link.is_symlink()
-    assert target.exists() is target_exists
-    if target_exists:
-        assert target.read_text() == "precious"
-    link.unlink()
-    segment.unlink(name)
-
-
-@pytest.mark.parametrize("which", ["lock file", "segment"])
-def test_a_directory_or_a_pipe_in_the_way(name: str, which: str) -> None:
-    segment.lock_path(name).touch(0o600)
-    path = segment.lock_path(name) if which == "lock file" else segment_path(name)
-    path.unlink(missing_ok=True)
-    path.mkdir(0o700)
-    refuses(name, IncompatibleSegment, "(remove it|another cache name|another name)")
-    path.rmdir()
-    os.mkfifo(path, 0o600)
-    refuses(name, IncompatibleSegment, "(remove it|another cache name|another name)")
-    path.unlink()
-    segment.unlink(name)
-
-
 # --- compiled and not -----------------------------------------------------------------------------------------------
 @pytest.fixture
 def other_mode() -> dict[str, str]:
@@ -877,30 +811,7 @@ def test_a_lock_held_by_a_stopped_process_is_a_timeout_for_writers_only(make_cac
     assert cache.stats().recoveries == 1
 
 
-# --- somebody else's semaphore --------------------------------------------------------------------------------------
-@only_root
-def test_a_semaphore_that_somebody_else_put_there_is_not_opened(make_cache: MakeCache) -> None:
-    """Its owner could cut the file short, which would end every waiter with SIGBUS."""
-    name = new_name()
-    path = segment.DIRECTORY / f"sem.{segment.file_name(name)}~0"
-    path.write_bytes(bytes(32))
-    os.chown(path, NOBODY, NOBODY)
-    cache = make_cache(name, max_bytes="1MB")
-    assert path.stat().st_uid == 0, "the creator has replaced it"
-
-    path.unlink()
-    path.write_bytes(bytes(32))
-    os.chown(path, NOBODY, NOBODY)
-    [sleeper] = Cache.attach(name).attachment.sleepers
-    sleeper._semaphore, sleeper._tried = None, False
-    assert sleeper._open() is None
-    assert sleeper.sleep() is False
-    sleeper.wake()
-    assert path.read_bytes() == bytes(32)
-    cache.close()
-    path.unlink()
-
-
+# --- semaphores -------------------------------------------------------------------------------------------------------
 def test_semaphores_are_closed_with_the_cache() -> None:
     def mapped() -> int:
         return sum(
