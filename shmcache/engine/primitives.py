@@ -215,8 +215,9 @@ def make_bytes(data: memoryview, at: int, size: int) -> bytes:
 def key_hash(key: bytes, size: int, kind: int, secret0: int, secret1: int) -> int:
     """A keyed 64-bit hash of the folded-multiply family (wyhash by Wang Yi, rapidhash by Nicolas De Carli).
 
-    Without the 128 secret bits nobody can choose keys that collide. The kind goes in last, beside the size: xored to
-    the seed, it would cancel with the like difference of a key, whatever the secret.
+    No way is known to choose keys that collide without the 128 secret bits. Both factors of a product depend on them: a
+    key that met a public one would make the product zero. The kind goes in last, beside the size: xored to the seed, it
+    would cancel with the like difference of a key, whatever the secret.
     """
     seed = secret0
     at = 0
