@@ -134,6 +134,14 @@ def shared_memory() -> Iterator[Finding]:
         return
     if not os.access(directory, os.W_OK | os.X_OK):
         yield Finding("problem", about, "this user may not write there", f"`chmod 1777 {about}`, as its owner")
+    mode = directory.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        yield Finding(
+            "info",
+            about,
+            "every user may remove and replace the files of others there, for its sticky bit is not set",
+            f"`chmod 1777 {about}`, unless all its users trust each other (a Kubernetes emptyDir is made like that)",
+        )
     free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
     found = f"{show_size(free)} free of {show_size(total)}"
     more = (

@@ -399,6 +399,16 @@ def test_a_machine_without_shared_memory(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
 
 
+def test_a_shared_memory_where_others_may_remove_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Kubernetes emptyDir is."""
+    monkeypatch.setattr(segment, "DIRECTORY", tmp_path)
+    for mode, expected in ((0o1777, 0), (0o700, 0), (0o777, 1)):
+        tmp_path.chmod(mode)
+        found = [each for each in doctor.shared_memory() if "sticky bit" in each.found]
+        assert len(found) == expected
+    assert (found[0].level, str(found[0].do).partition(",")[0]) == ("info", f"`chmod 1777 {tmp_path}`")
+
+
 @pytest.mark.parametrize(
     ("free", "total", "levels"),
     [
