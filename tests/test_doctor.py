@@ -392,7 +392,8 @@ def test_a_directory_that_is_missing_or_unreadable(
 def test_a_machine_without_shared_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked for, that is what is wrong."""
     monkeypatch.setattr(segment, "DIRECTORY", tmp_path)
-    monkeypatch.setattr(Path, "is_dir", lambda path: str(path) != "/dev/shm")
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: str(path) != "/dev/shm" and is_dir(path))
     for wanted in (name, None):
         finding = only([each for each in examine(wanted) if each.about == "/dev/shm"])
         assert (finding.level, finding.found) == ("problem", "it is missing, so no cache can be created")
