@@ -4,23 +4,29 @@ The creator of a cache creates them; others open one when they first have to wai
 that by way of a temporary file, which a process killed at that moment would leave behind.) Nothing depends on a
 semaphore being there: a sleep lasts a millisecond, so losing a wake-up, or the semaphore, costs no
 more than that.
+
+That millisecond is one of the monotonic clock. `sem_timedwait`, which is posix_ipc's way to wait, counts on the time of
+day: set back by an hour while somebody sleeps, the sleep would last an hour.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
+import struct
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import posix_ipc
 
 __all__ = ["Sleeper"]
 
-SLEEP = 0.001  # seconds
+SLEEP_NS = 1_000_000
 _HAS_FILES = sys.platform == "linux"  # semaphores are files of /dev/shm
 _UNAVAILABLE = (posix_ipc.Error, OSError, ValueError)
 
@@ -32,28 +38,34 @@ class Sleeper:
         self.name = name
         self.path = path
         self._semaphore: posix_ipc.Semaphore | None = None
+        self._waitable: int | None = None  # its address, 0 if it cannot be had
         self._tried = False
 
-    def create(self) -> None:
-        """Create the semaphore, in place of one that somebody has left."""
-        if posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
-            self.unlink()
-            with contextlib.suppress(*_UNAVAILABLE):
-                self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREX, mode=0o600, initial_value=0)
+    def create(self) -> bool:
+        """Create the semaphore, in place of one that somebody has left; whether that was possible."""
+        self.unlink()
+        with contextlib.suppress(*_UNAVAILABLE):
+            self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREX, mode=0o600, initial_value=0)
+        return self._semaphore is not None
 
     def sleep(self) -> bool:
         """Sleep until woken or for a millisecond; whether it was a wake-up."""
         semaphore = self._open()
         if semaphore is None:
-            time.sleep(SLEEP / 2)
+            time.sleep(SLEEP_NS / 2e9)
             return False
-        try:
-            semaphore.acquire(SLEEP)
-        except posix_ipc.BusyError:
-            return False
-        except posix_ipc.SignalError:
-            return False
-        return True
+        if self._waitable is None:
+            self._waitable = self._open_waitable()
+        if self._waitable:
+            deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + SLEEP_NS
+            timespec = struct.pack("@ll", *divmod(deadline, 1_000_000_000))
+            return bool(_libc().sem_clockwait(self._waitable, time.CLOCK_MONOTONIC, timespec) == 0)
+        for pause in (0, SLEEP_NS / 2e9):
+            time.sleep(pause)
+            with contextlib.suppress(posix_ipc.BusyError, posix_ipc.SignalError):
+                semaphore.acquire(0)
+                return True
+        return False
 
     def wake(self) -> None:
         """Wake one sleeper."""
@@ -73,9 +85,11 @@ class Sleeper:
         if self._semaphore is not None and not _is_finalizing():
             with contextlib.suppress(*_UNAVAILABLE):
                 self._semaphore.close()
+                if self._waitable:
+                    _libc().sem_close(self._waitable)
 
     def _open(self) -> posix_ipc.Semaphore | None:
-        if self._semaphore is None and not self._tried and posix_ipc.SEMAPHORE_TIMEOUT_SUPPORTED:
+        if self._semaphore is None and not self._tried:
             self._tried = True
             try:
                 if self._is_ours():
@@ -86,6 +100,12 @@ class Sleeper:
                 pass
         return self._semaphore
 
+    def _open_waitable(self) -> int:
+        """The address of the semaphore, which the C library gives every time it is opened; 0 if that is no use."""
+        if _libc() is None or not self._is_ours():
+            return 0
+        return int(_libc().sem_open(self.name.encode(), 0) or 0)
+
     def _is_ours(self) -> bool:
         """Whether nobody else can cut the file short under us, which would be a SIGBUS."""
         try:
@@ -93,3 +113,19 @@ class Sleeper:
         except FileNotFoundError:
             return not _HAS_FILES
         return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+@functools.cache
+def _libc() -> Any:
+    """The C library, where it can wait by the monotonic clock (glibc 2.30 and later), else None."""
+    try:
+        import ctypes  # only here, for most processes never wait
+
+        libc = ctypes.CDLL(None)
+        libc.sem_open.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        libc.sem_open.restype = ctypes.c_void_p
+        libc.sem_clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p]
+        libc.sem_close.argtypes = [ctypes.c_void_p]
+    except (ImportError, OSError, AttributeError):
+        return None
+    return libc
