@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -26,6 +27,7 @@ from shmcache.stats import EntryInfo, Stats, collect
 __all__ = ["Cache", "parse_size"]
 
 MAX_ENTRIES = 1 << 31
+MOVE_PATIENCE = 0.6  # seconds; everybody who uses the cache notices within 0.25
 
 log = logging.getLogger("shmcache")
 
@@ -107,6 +109,7 @@ class Cache(Store):
         )
         self._serializer = serializer
         self._closed = False
+        self._before = self._wish
         self._open(self._wish)
 
     @classmethod
@@ -146,19 +149,55 @@ class Cache(Store):
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self, wish: Wish) -> None:
         attachment = segment.attach(wish)
+        attachment.caches.add(self)
         ttl = wish.default_ttl_ns
         self._adopt(attachment, attachment.default_ttl_ns if ttl is None else ttl)
 
-    def _reattach(self, old: segment.Attachment) -> None:
+    def _reattach(self, old: segment.Attachment | None) -> None:
         with segment.process_mutex():
-            if self._closed or self.attachment is not old:
+            if self._closed or self.attachment not in (old, None):
                 return  # another thread has seen to it
-            log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
+            if self.attachment is None:
+                self._open_as_before()
+                return
+            assert old is not None
+            if not old.is_lost:
+                log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
+                old.is_lost = True
+            self._before = self._wish_for(old)
             try:
-                self._open(self._wish_for(old))
-            except GeometryMismatch:
-                self._open(self._wish)
+                self._open_as_before()
+            except SegmentTooLarge:
+                # Memory is given back when nobody has it any more: let go, and wait for the other processes to do so.
+                for cache in list(old.caches):
+                    cache._let_go(old)
+                old.forget_memory()
+                self._await_room()
+            else:
+                segment.release(old)
+
+    def _let_go(self, old: segment.Attachment) -> None:
+        if self.attachment is old:
+            self._before = self._wish_for(old)
+            self._abandon(adrift=True)
             segment.release(old)
+
+    def _open_as_before(self) -> None:
+        try:
+            self._open(self._before)
+        except GeometryMismatch:
+            self._open(self._wish)
+
+    def _await_room(self) -> None:
+        deadline = time.monotonic() + MOVE_PATIENCE
+        while True:
+            try:
+                self._open_as_before()
+                return
+            except SegmentTooLarge:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.005)
 
     def _wish_for(self, attachment: segment.Attachment) -> Wish:
         """A wish for a cache like this one."""

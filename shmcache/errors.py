@@ -16,6 +16,7 @@ __all__ = [
     "LockTimeout",
     "SegmentTooLarge",
     "SerializationError",
+    "SharedMemoryUnavailable",
     "ShmcacheError",
     "TooManyProcesses",
     "ValueTooLarge",
@@ -59,7 +60,11 @@ def contradiction() -> CorruptSegment:
 
 
 class SegmentTooLarge(ShmcacheError, MemoryError):
-    """/dev/shm has less room than the cache asks for."""
+    """/dev/shm, or a memory limit, has less room than the cache asks for."""
+
+
+class SharedMemoryUnavailable(ShmcacheError, OSError):
+    """The system refused a file of the cache: /dev/shm cannot be written, or a limit of open files is reached."""
 
 
 class ValueTooLarge(ShmcacheError, ValueError):

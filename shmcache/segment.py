@@ -19,6 +19,7 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -28,10 +29,12 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import posix_ipc
 
@@ -50,15 +53,20 @@ from shmcache.errors import (
     IncompatibleSegment,
     LockTimeout,
     SegmentTooLarge,
+    SharedMemoryUnavailable,
+    ShmcacheError,
 )
+from shmcache.memory import shortage
 from shmcache.reaper import start_reaper
 from shmcache.semaphore import Sleeper
+
+log = logging.getLogger("shmcache")
 
 __all__ = ["Attachment", "Wish", "attach", "is_left_over", "names", "unlink"]
 
 DIRECTORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 MAX_NAME = 100
-CHECK_MEMORY_FROM = 256 * 2**20  # bytes; smaller caches are not what exhausts a machine
+RESERVE_STEP = 4 * 2**20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _LOCK_SUFFIX = "~lock"
 _NONBLOCK = os.O_NONBLOCK if sys.platform == "linux" else 0  # shm_open need not take it elsewhere
@@ -98,6 +106,8 @@ class Attachment:
         self._identities = (_file(segment_fd)[0], _file(lock_fd)[0])
         self._detached = False
         self.users = 0
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()  # the `Cache` objects that work on it
+        self.is_lost = False  # and that was logged
         self.data = memoryview(mmap.mmap(segment_fd, size))
         self.words = self.data.cast("Q")
 
@@ -175,6 +185,13 @@ class Attachment:
             with contextlib.suppress(Exception):
                 _remove_if_unused(self.name, self._identities[1])
         # The views of the mapping go with the last object that has one; an mmap cannot be closed under a view.
+
+    def forget_memory(self) -> None:
+        """Drop all views of the mapping that are reached from here, once the last user has detached."""
+        if self._detached:
+            self.shards = []
+            self.registry.words = self.words = self.data = memoryview(b"").cast("Q")
+            del self.member
 
     def _wait_for_own_threads(self) -> None:
         """Let no thread of this process take a lock any more, and wait for one that has: nobody could tell it lives.
@@ -266,8 +283,13 @@ def attach(wish: Wish) -> Attachment:
                 attachment.disown()
                 attachment = None
         if attachment is None:
-            with _standard_descriptors_taken():
-                attachment = _attachments[wish.name] = _attach(wish)
+            try:
+                with _standard_descriptors_taken():
+                    attachment = _attachments[wish.name] = _attach(wish)
+            except ShmcacheError:
+                raise
+            except (OSError, posix_ipc.Error) as error:
+                raise _explained(error, wish.name) from error
             attachment.users = 1
         try:
             attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's
@@ -369,7 +391,16 @@ def lock_path(name: str) -> Path:
 
 # --- opening --------------------------------------------------------------------------------------------------------
 def _open_if_named(wish: Wish, lock_fd: int) -> Attachment | None:
-    return _open_segment(wish, lock_fd) if _has_name(lock_fd, wish.name) else None
+    if not _has_name(lock_fd, wish.name):
+        return None
+    try:
+        return _open_segment(wish, lock_fd)
+    except BaseException:
+        # The lock file of a creation that did not come to its segment: nobody else has done anything with it.
+        if wish.create and not os.fstat(lock_fd).st_size and not os.path.lexists(DIRECTORY / file_name(wish.name)):
+            with contextlib.suppress(OSError):
+                lock_path(wish.name).unlink()
+        raise
 
 
 def _attach(wish: Wish) -> Attachment:
@@ -406,10 +437,10 @@ def _open_lock_file(name: str, create: bool) -> int:
     _refuse_strangers(path)
     try:
         fd = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        raise CacheNotFound(f"there is no cache named {name!r}: `shmcache ls` lists those of this user") from None
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EAGAIN):
+        if error.errno == errno.ENOENT and not create:
+            raise CacheNotFound(f"there is no cache named {name!r}: `shmcache ls` lists those of this user") from None
+        if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EAGAIN) and os.path.lexists(path):
             raise IncompatibleSegment(
                 f"{path} is not a lock file of this user ({error.strerror}): remove it, or use another cache name"
             ) from error
@@ -420,6 +451,37 @@ def _open_lock_file(name: str, create: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _explained(error: Exception, name: str) -> ShmcacheError:
+    """What to say of an error of the system that opening a cache met."""
+    number = getattr(error, "errno", None)
+    if number is None:  # posix_ipc leaves it out where it has an exception or a message for it
+        kinds = {posix_ipc.ExistentialError: errno.ENOENT, posix_ipc.PermissionsError: errno.EACCES}
+        number = kinds.get(type(error), errno.EMFILE)
+    what = f"cache {name!r} cannot be opened ({os.strerror(number)})"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return SegmentTooLarge(
+            f"{what}: no more files fit into {DIRECTORY}. Remove some, or allow more, `mount -o remount,nr_inodes=... "
+            f"{DIRECTORY}`"
+        )
+    if number == errno.ENOMEM:
+        return SegmentTooLarge(
+            f"{what}: this process may map no more memory. Use a smaller cache, or raise the limit, "
+            f"`ulimit -v unlimited` or systemd `LimitAS=infinity`"
+        )
+    if number == errno.EFBIG:
+        hint = "this process may write no file. Raise the limit, `ulimit -f unlimited` or systemd `LimitFSIZE=infinity`"
+    elif number in (errno.EMFILE, errno.ENFILE):
+        hint = "a cache takes three files. Close some, or raise the limit, `ulimit -n 1024` or systemd `LimitNOFILE=`"
+    elif number in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = (
+            "expected /dev/shm, a tmpfs in which this user may create files. Mount it, `mount -t tmpfs -o mode=1777 "
+            "tmpfs /dev/shm`, or see to its mode"
+        )
+    else:
+        hint = "`shmcache doctor` looks for what is wrong"
+    return SharedMemoryUnavailable(number, f"{what}: {hint}")
 
 
 def _refuse_strangers(path: Path) -> None:
@@ -601,8 +663,12 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
         attachment.open(geometry)
         for shard in attachment.shards:
             shard.format(secrets.randbits(60) << 1)
-        for sleeper in attachment.sleepers:
-            sleeper.create()
+        if not all(sleeper.create() for sleeper in attachment.sleepers):
+            log.warning(
+                "no semaphores could be created for cache %r: who waits for a lock is not woken, but looks again after "
+                "half a millisecond",
+                wish.name,
+            )
         if wish.ephemeral:
             fcntl.flock(lock_fd, fcntl.LOCK_SH)
         store(words, layout.H_MAGIC, layout.MAGIC)
@@ -628,19 +694,27 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
     )
     if total and size > free:
         raise no_room
-    if size >= CHECK_MEMORY_FROM:
-        import psutil  # only here, for it takes longer to import than a cache to create
-
-        memory = psutil.virtual_memory().available + psutil.swap_memory().free
-        if size > memory:  # asking the kernel for it would wake the OOM killer
-            raise SegmentTooLarge(f"{asked} this machine has {memory:,} bytes of memory left: use a smaller max_bytes")
+    if (short := shortage(size)) is not None:  # asking the kernel for it would wake the OOM killer
+        raise SegmentTooLarge(
+            f"{asked} the memory limit of {short.whose}, {short.limit:,} bytes, leaves {short.left:,}. Ask for a "
+            f"smaller max_bytes, or raise the limit: Docker `--memory`, Kubernetes `resources.limits.memory`, systemd "
+            f"`MemoryMax=`"
+        )
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size)
+            # In steps, because older kernels undo a step that a signal interrupts: with a timer that ticks, one large
+            # step would never be done.
+            for start in range(0, size, RESERVE_STEP):
+                os.posix_fallocate(fd, start, min(RESERVE_STEP, size - start))
         else:
             os.ftruncate(fd, size)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
+        if error.errno == errno.EFBIG:
+            raise SegmentTooLarge(
+                f"{asked} this process may not make a file that large: raise the limit, `ulimit -f unlimited` or "
+                f"systemd `LimitFSIZE=infinity`"
+            ) from error
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             raise no_room from error
         raise
 

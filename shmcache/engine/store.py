@@ -35,6 +35,7 @@ else:
 from shmcache.errors import (
     CacheClosed,
     LockTimeout,
+    SegmentTooLarge,
     SerializationError,
     ShmcacheError,
     ValueTooLarge,
@@ -59,7 +60,8 @@ DEFAULT = Default()
 Integer: TypeAlias = int  # for a plain `int` Cython would convert what is none, before we can refuse it
 
 MAX_TTL_NS = 1 << 62  # 146 years
-CLOSED = 0  # an epoch that no process has
+CLOSED = 0  # epochs that no process has: the cache was closed, or
+ADRIFT = (1 << 64) - 1  # its files are gone and there is no room for new ones yet
 
 watch_forks()
 
@@ -125,9 +127,9 @@ class Store:
             raise self.closed()
         return attachment
 
-    def _abandon(self) -> None:
-        """Work on nothing: every operation raises CacheClosed."""
-        self.epoch = CLOSED
+    def _abandon(self, adrift: bool = False) -> None:
+        """Work on nothing: every operation raises CacheClosed or, `adrift`, begins with another `_reattach`."""
+        self.epoch = ADRIFT if adrift else CLOSED
         self.attachment = None
         self.member = Member(memoryview(bytearray(64)).cast("Q"), None)  # for a thread that is in an operation
         self.shards = []
@@ -570,6 +572,10 @@ class Store:
         return self.shards[number]
 
     def closed(self) -> Exception:
+        if self.epoch == ADRIFT:
+            return SegmentTooLarge(
+                "the files of the cache were unlinked, and there is no room for new ones yet: try again"
+            )
         return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
 
     def find(self, request: Request, key: object, wants_value: cython.bint) -> int:
