@@ -55,6 +55,8 @@ class Gate:
         os.close(self._write)
         os.close(self._read)
 
+    close = open  # where another process is to open it
+
 
 class Child:
     """A forked child that runs one function and leaves by `os._exit`: 0, or 1 with a traceback if it raised."""
@@ -257,3 +259,39 @@ def no_gc() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+# --- a /dev/shm of its own ------------------------------------------------------------------------------------------
+_NEWNS, _NEWUSER, _PRIVATE = 0x0002_0000, 0x1000_0000, 0x4_4000  # of <sched.h>; MS_REC | MS_PRIVATE of <sys/mount.h>
+
+
+def mount_shared_memory(options: str, flags: int = 0) -> None:
+    """Mount a new tmpfs over the /dev/shm of this process, which must be a child made for it: nobody else sees that."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *arguments: object) -> None:
+        if getattr(libc, name)(*arguments):
+            raise OSError(ctypes.get_errno(), name)
+
+    if os.readlink("/proc/self/ns/mnt") == os.readlink(f"/proc/{os.getppid()}/ns/mnt"):
+        uid, gid = os.geteuid(), os.getegid()
+        call("unshare", _NEWNS if uid == 0 else _NEWNS | _NEWUSER)
+        if uid:
+            for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+                with open(f"/proc/self/{file}", "w") as stream:
+                    stream.write(text)
+        call("mount", b"none", b"/", None, _PRIVATE, None)
+    call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", flags, f"mode=1777,{options}".encode())
+
+
+def cannot_mount() -> str | None:
+    """Why there can be no /dev/shm of one's own here."""
+
+    def attempt() -> None:
+        with contextlib.suppress(OSError):
+            mount_shared_memory("size=1m")
+            os._exit(42)
+
+    return None if Child(attempt).wait() == 42 else "this user cannot mount a /dev/shm of its own"

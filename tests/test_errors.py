@@ -7,7 +7,6 @@ import gc
 import math
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from shmcache import (
     LockTimeout,
     SegmentTooLarge,
     SerializationError,
+    SharedMemoryUnavailable,
     ShmcacheError,
     TooManyProcesses,
     ValueTooLarge,
@@ -84,6 +84,7 @@ def test_every_error_is_a_shmcache_error_and_the_closest_builtin() -> None:
         KeyTooLarge: (ValueError,),
         LockTimeout: (TimeoutError,),
         TooManyProcesses: (OSError,),
+        SharedMemoryUnavailable: (OSError,),
         SerializationError: (TypeError, ValueError),
     }
     for error, builtins in closest.items():
@@ -671,59 +672,6 @@ def test_more_than_there_is_in_shared_memory(name: str) -> None:
         assert name not in segment.names()
     with Cache(name, max_bytes="1MB") as cache:
         cache.set("k", 1)
-
-
-SMALL_SHM = """
-import os, shmcache
-from pathlib import Path
-with shmcache.Cache("first", max_bytes="1MB") as first:
-    first.set("k", "v" * 100_000)
-    before = sorted(os.listdir("/dev/shm"))
-    free = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
-    try:
-        shmcache.Cache("second", max_bytes="1.5MB")
-    except shmcache.SegmentTooLarge as error:
-        print(error)
-        assert "asks for 1,572,864 bytes" in str(error), error
-        assert f"has {free:,} free of 2,097,152" in str(error), (error, free)
-    else:
-        raise AssertionError("there was no room")
-    assert sorted(os.listdir("/dev/shm")) == before
-    assert first["k"] == "v" * 100_000
-    assert first.check() == []
-    with shmcache.Cache("third", max_bytes="800KB") as third:
-        for number in range(300):
-            third.set(number, os.urandom(10_000))
-        third.unlink()
-    first.unlink()
-assert os.listdir("/dev/shm") == []
-"""
-
-
-def test_a_small_shared_memory_is_an_error_at_creation(tmp_path: Path) -> None:
-    """In a mount namespace of its own, where /dev/shm has 2 MB."""
-    script = tmp_path / "small.py"
-    script.write_text(SMALL_SHM)
-    mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
-    unshare = shutil.which("unshare")
-    if (
-        os.geteuid()
-        or not unshare
-        or subprocess.run([unshare, "-m", "sh", "-c", mount], capture_output=True).returncode
-    ):
-        pytest.skip("this user cannot mount a small /dev/shm")
-    answer = subprocess.run(
-        [unshare, "-m", "sh", "-c", f'{mount} && exec "$0" "$1"', sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(Path(shmcache.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stderr == ""
-    assert "`--shm-size=4m`" in answer.stdout
-    assert "`sizeLimit: 4Mi`" in answer.stdout
-    assert "`mount -o remount,size=4m /dev/shm`" in answer.stdout
 
 
 def test_more_processes_than_places(make_cache: MakeCache) -> None:
