@@ -37,6 +37,7 @@ NAMES = (
     "torn_reads",
     "linearizability",
     "lock_model",
+    "unlinked",
 )
 SILENCE = 120.0  # seconds without a word after which a part is taken to hang
 REPORT = 0.25  # seconds between two words
