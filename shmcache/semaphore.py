@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import stat
 import struct
@@ -25,6 +26,8 @@ from typing import Any
 import posix_ipc
 
 __all__ = ["Sleeper"]
+
+log = logging.getLogger("shmcache")
 
 SLEEP_NS = 1_000_000
 _HAS_FILES = sys.platform == "linux"  # semaphores are files of /dev/shm
@@ -43,6 +46,7 @@ class Sleeper:
 
     def create(self) -> bool:
         """Create the semaphore, in place of one that somebody has left; whether that was possible."""
+        self._tried = True
         self.unlink()
         with contextlib.suppress(*_UNAVAILABLE):
             self._semaphore = posix_ipc.Semaphore(self.name, posix_ipc.O_CREX, mode=0o600, initial_value=0)
@@ -96,8 +100,15 @@ class Sleeper:
                     self._semaphore = posix_ipc.Semaphore(self.name)
             except OSError:
                 self._tried = False  # too many open files, for instance
+                return None
             except (posix_ipc.Error, ValueError):
                 pass
+            if self._semaphore is None:
+                log.warning(
+                    "the semaphore %s is missing, or not this user's: who waits for its lock is not woken, but looks "
+                    "again after half a millisecond",
+                    self.name,
+                )
         return self._semaphore
 
     def _open_waitable(self) -> int:

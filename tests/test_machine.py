@@ -496,6 +496,31 @@ def test_a_limit_of_the_size_of_files(name: str) -> None:
     in_child(work)
 
 
+def test_semaphores_that_were_removed(name: str) -> None:
+    """Who attaches later has none to sleep on: said once, and nothing else comes of it."""
+
+    def work() -> None:
+        said = listen()
+        other = Cache(name)
+        word = other.attachment.geometry.region(0).header + layout.S_LOCK
+        other.attachment.words[word] = other.attachment.member.owner + 1  # the generation of a process that is gone
+        other.set("key", "other")
+        [sleeper] = other.attachment.sleepers
+        assert sleeper.sleep() is False
+        sleeper.wake()
+        assert len(said) == 1, said
+        assert f"the semaphore {sleeper.name} is missing" in said[0]
+        assert other.stats().recoveries == 1
+
+    with Cache(name, max_bytes=2**19, shards=1) as cache:
+        [sleeper] = cache.attachment.sleepers
+        sleeper.unlink()
+        cache.close()
+        in_child(work)
+    with Cache(name) as cache:
+        assert cache.get("key") == "other"
+
+
 # --- limits of memory -----------------------------------------------------------------------------------------------
 @pytest.fixture
 def group() -> Iterator[Path]:
