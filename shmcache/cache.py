@@ -19,7 +19,7 @@ from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
-from shmcache.errors import GeometryMismatch, SegmentTooLarge
+from shmcache.errors import GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
 from shmcache.memoize import Memoized, memoize
 from shmcache.segment import Wish
 from shmcache.stats import EntryInfo, Stats, collect
@@ -167,8 +167,9 @@ class Cache(Store):
             self._before = self._wish_for(old)
             try:
                 self._open_as_before()
-            except SegmentTooLarge:
-                # Memory is given back when nobody has it any more: let go, and wait for the other processes to do so.
+            except (SegmentTooLarge, SharedMemoryUnavailable):
+                # No room for two. Memory is given back when nobody has it any more, descriptors when this process has
+                # closed them: let go, and wait for the other processes to do so.
                 for cache in list(old.caches):
                     cache._let_go(old)
                 old.forget_memory()
@@ -194,7 +195,7 @@ class Cache(Store):
             try:
                 self._open_as_before()
                 return
-            except SegmentTooLarge:
+            except (SegmentTooLarge, SharedMemoryUnavailable):
                 if time.monotonic() > deadline:
                     raise
             time.sleep(0.005)

@@ -253,8 +253,9 @@ def _standard_descriptors_taken() -> Iterator[None]:
     """Fill what is closed of 0, 1 and 2 meanwhile: a segment there would get whatever is written to stderr."""
     filler: list[int] = []
     try:
-        while not filler or filler[-1] <= 2:
-            filler.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            filler.append(fd)
+        os.close(fd)
         yield
     finally:
         for fd in filler:

@@ -405,12 +405,11 @@ def test_no_more_open_files_at_creation(name: str) -> None:
     """One descriptor more each time, until there are enough; at each step nothing is left, open or in /dev/shm."""
 
     def work() -> None:
+        os.closerange(3, 1024)
         unlimited = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         before, refused = open_files(), 0
-        lowest = os.dup(0)
-        os.close(lowest)
         while True:
-            limit(resource.RLIMIT_NOFILE, lowest + refused)
+            limit(resource.RLIMIT_NOFILE, 3 + refused)
             cache = refusal = None
             try:
                 cache = Cache(name, max_bytes=2**19)
@@ -436,27 +435,37 @@ def test_no_more_open_files_at_creation(name: str) -> None:
 
 
 def test_no_more_open_files_in_use(name: str) -> None:
-    """Operations need none, also when they have to wait; moving to a new cache does, and succeeds later."""
+    """Operations need none, also when they have to wait. Moving to a new cache does with those of the old one."""
 
     def work() -> None:
         said = listen()
+        os.closerange(3, 1024)
         unlimited = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         Cache(name, max_bytes=2**19).close()
         cache = Cache(name)
-        limit(resource.RLIMIT_NOFILE, 3)
+        limit(resource.RLIMIT_NOFILE, 6)
         [sleeper] = cache.attachment.sleepers
         assert sleeper.sleep() is False
         use_it_all(cache)
-        (segment.DIRECTORY / segment.file_name(name)).unlink()
+        path = segment.DIRECTORY / segment.file_name(name)
+        path.unlink()
+        until(lambda: cache.incr("count", initial=0) and path.exists())
+        assert [text.partition(" cache '")[0] for text in said] == [
+            "the files of",
+            "no semaphores could be created for",
+        ]
+
+        limit(resource.RLIMIT_NOFILE, 5)
+        path.unlink()
         for _ in range(2):
             with pytest.raises(SharedMemoryUnavailable):
                 while True:
-                    cache.set("key", "value")
+                    cache.set("key", "new value")
         limit(resource.RLIMIT_NOFILE, unlimited)
-        cache.set("key", "value")
-        assert cache.get("key") == "value"
-        assert (SHM / segment.file_name(name)).exists()
-        assert len(said) == 1
+        cache.set("key", "new value")
+        assert cache.get("key") == "new value"
+        assert path.exists()
+        assert len(said) == 3
 
     in_child(work)
 
