@@ -28,6 +28,7 @@ from shmcache.engine.bytelock import REAPER_BYTE, SETUP_BYTE, holders
 from shmcache.engine.primitives import load
 from shmcache.engine.store import is_compiled
 from shmcache.errors import CacheNotFound, LockTimeout, ShmcacheError
+from shmcache.memory import PROC, shortage
 from shmcache.stats import Stats
 
 __all__ = ["Finding", "examine"]
@@ -36,6 +37,7 @@ PATIENCE = 1.0  # seconds to wait for any one lock
 WATCH = 0.1  # seconds for which a lock, or a file without its partner, is watched before it is a finding
 MIN_FREE = 2**20  # bytes of /dev/shm; with less, hardly any cache can be created
 FREE_SHARE = 0.1  # of /dev/shm
+DEFAULT_SIZE = 64 * 2**20  # of a cache
 CONTAINER_SIZE = 64 * 2**20  # of /dev/shm in a container that was not given more
 MIN_FILES = 64  # an attached cache has three files open, an interpreter and its application many more
 FEW_FILES = 256
@@ -85,6 +87,7 @@ def examine(name: str | None = None) -> Iterator[Finding]:
     if unlisted is not None:
         yield unlisted
     yield from limits()
+    yield from memory_limit()
     yield from logind(LOGIND)
     yield from stale_files(name)
     if not os.access(segment.DIRECTORY, os.X_OK):
@@ -187,6 +190,21 @@ def limits() -> Iterator[Finding]:
             "address space",
             f"limited to {show_size(space)} here (RLIMIT_AS), and a process maps all of each cache it attaches to",
             "lift it where caches do not fit: `ulimit -v unlimited`, systemd `LimitAS=infinity`",
+        )
+
+
+def memory_limit(proc: Path = PROC) -> Iterator[Finding]:
+    """Whether the machine, or a control group, has memory left for a cache of the default size."""
+    short = shortage(DEFAULT_SIZE, proc)
+    if short is None:
+        yield Finding("ok", "memory", f"there is enough for a cache of {show_size(DEFAULT_SIZE)}")
+    else:
+        yield Finding(
+            "info",
+            "memory",
+            f"{show_size(max(0, short.left))} left of the {show_size(short.limit)} of {short.whose}: no larger cache "
+            "can be created",
+            "raise the limit: Docker `--memory`, Kubernetes `resources.limits.memory`, systemd `MemoryMax=`",
         )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Room", "shortage"]
+__all__ = ["PROC", "Room", "shortage"]
 
-_PROC = Path("/proc")
+PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Room:
     whose: str
 
 
-def shortage(size: int, proc: Path = _PROC) -> Room | None:
+def shortage(size: int, proc: Path = PROC) -> Room | None:
     """A limit that leaves less than `size` bytes, if there is one. What the kernel can take back counts as left."""
     swap = 0
     try:

@@ -449,6 +449,17 @@ def test_limits(monkeypatch: pytest.MonkeyPatch, files: int, space: int, levels:
     assert all(each.do for each in findings if each.level != "ok")
 
 
+def test_little_memory_is_named_with_whose_limit_it_is(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 1048576 kB\nMemAvailable: 262144 kB\nSwapFree: 0 kB\n")
+    assert [each.level for each in doctor.memory_limit(tmp_path)] == ["ok"]
+    meminfo.write_text("MemTotal: 1048576 kB\nMemAvailable: 40960 kB\nSwapFree: 0 kB\n")
+    finding = only([*doctor.memory_limit(tmp_path)])
+    assert finding.level == "info"
+    assert finding.found == "40.0 MiB left of the 1.0 GiB of this machine: no larger cache can be created"
+    assert "`MemoryMax=`" in str(finding.do)
+
+
 def test_logind_is_named_only_where_its_configuration_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     directories = [str(tmp_path / "lib"), str(tmp_path / "etc")]

@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from shmcache import Cache, segment
 from shmcache.engine import layout
@@ -53,8 +54,9 @@ def rounds(trial: Trial) -> Iterator[None]:
     """A round is a burst of removals, and a meeting."""
     board = Board()
     logging.getLogger("shmcache").addHandler(logging.NullHandler())
-    with no_gc(), trial.cache(max_bytes="1MB", max_entries=500, shards=1) as cache, Family() as family:
-        workers = [family.fork(use, cache.name, board, number) for number in range(PROCESSES)]
+    options = {"max_bytes": "1MB", "max_entries": 500, "shards": 1, "ephemeral": trial.rng.random() < 0.5}
+    with no_gc(), trial.cache(**options) as cache, Family() as family:
+        workers = [family.fork(use, cache.name, options, board, number) for number in range(PROCESSES)]
         meet(board, cache.name)
         while True:
             before = identity(cache.name)
@@ -83,7 +85,7 @@ def rounds(trial: Trial) -> Iterator[None]:
             yield
 
 
-def use(name: str, board: Board, number: int) -> None:
+def use(name: str, options: dict[str, Any], board: Board, number: int) -> None:
     """Use the cache in every way, and show what is seen of the others."""
     warnings = moves = place = 0
 
@@ -95,7 +97,7 @@ def use(name: str, board: Board, number: int) -> None:
     handler = logging.Handler()
     handler.emit = warned  # type: ignore[assignment,method-assign]
     logging.getLogger("shmcache").addHandler(handler)
-    cache = Cache(name, max_bytes="1MB", max_entries=500, shards=1)
+    cache = Cache(name, **options)
     everybody = [f"seen by {each}" for each in range(PROCESSES)]
     while True:
         word = board.word
