@@ -264,6 +264,8 @@ def no_gc() -> Iterator[None]:
 # --- a /dev/shm of its own ------------------------------------------------------------------------------------------
 _NEWNS, _NEWUSER, _PRIVATE = 0x0002_0000, 0x1000_0000, 0x4_4000  # of <sched.h>; MS_REC | MS_PRIVATE of <sys/mount.h>
 
+_OUTSIDE = os.readlink("/proc/self/ns/mnt")
+
 
 def mount_shared_memory(options: str, flags: int = 0) -> None:
     """Mount a new tmpfs over the /dev/shm of this process, which must be a child made for it: nobody else sees that."""
@@ -275,7 +277,7 @@ def mount_shared_memory(options: str, flags: int = 0) -> None:
         if getattr(libc, name)(*arguments):
             raise OSError(ctypes.get_errno(), name)
 
-    if os.readlink("/proc/self/ns/mnt") == os.readlink(f"/proc/{os.getppid()}/ns/mnt"):
+    if os.readlink("/proc/self/ns/mnt") == _OUTSIDE:
         uid, gid = os.geteuid(), os.getegid()
         call("unshare", _NEWNS if uid == 0 else _NEWNS | _NEWUSER)
         if uid:
