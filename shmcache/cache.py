@@ -148,10 +148,11 @@ class Cache(Store):
 
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self, wish: Wish) -> None:
+        epoch = self._process_epoch()
         attachment = segment.attach(wish)
         attachment.caches.add(self)
         ttl = wish.default_ttl_ns
-        self._adopt(attachment, attachment.default_ttl_ns if ttl is None else ttl)
+        self._adopt(attachment, attachment.default_ttl_ns if ttl is None else ttl, epoch)
 
     def _reattach(self, old: segment.Attachment | None) -> None:
         with segment.process_mutex():
@@ -161,9 +162,9 @@ class Cache(Store):
                 self._open_as_before()
                 return
             assert old is not None
-            if not old.is_lost:
+            if not (old.is_lost or old.left_to_parent):
                 log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
-                old.is_lost = True
+            old.is_lost = True
             self._before = self._wish_for(old)
             try:
                 self._open_as_before()

@@ -39,7 +39,14 @@ from typing import Any
 import posix_ipc
 
 from shmcache.engine import layout
-from shmcache.engine.bytelock import REAPER_BYTE, Guard, is_byte_locked, under_setup_lock
+from shmcache.engine.bytelock import (
+    REAPER_BYTE,
+    Guard,
+    forked_within,
+    is_byte_locked,
+    is_setting_up,
+    under_setup_lock,
+)
 from shmcache.engine.layout import Geometry
 from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
@@ -105,15 +112,19 @@ class Attachment:
         self.lock_fd = lock_fd
         self._identities = (_file(segment_fd)[0], _file(lock_fd)[0])
         self._detached = False
+        self.left_to_parent = False
         self.users = 0
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()  # the `Cache` objects that work on it
         self.is_lost = False  # and that was logged
         self.data = memoryview(mmap.mmap(segment_fd, size))
         self.words = self.data.cast("Q")
+        _all_attachments.add(self)
 
     def open(self, geometry: Geometry) -> None:
         """Make the parts that work on the segment; the header must be filled in."""
         self.geometry = geometry
+        self.ephemeral = bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
+        self.default_ttl_ns = load(self.words, layout.H_DEFAULT_TTL)
         self.registry = Registry(self.words, self.lock_fd, geometry.processes)
         self.member = Member(self.words, self.registry)
         self.secret = (load(self.words, layout.H_SECRET), load(self.words, layout.H_SECRET + 1))
@@ -126,21 +137,32 @@ class Attachment:
             for number, sleeper in enumerate(self.sleepers)
         ]
 
-    @property
-    def default_ttl_ns(self) -> int:
-        return load(self.words, layout.H_DEFAULT_TTL)
+    def after_fork(self) -> None:
+        """In a forked child: do nothing in the parent's name.
 
-    @property
-    def ephemeral(self) -> bool:
-        return bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
+        A child that a signal handler forked in the midst of an operation may return from the handler, and would go on
+        with it, in a section that is the parent's. Uncompiled, what it then stores is an error, and it attaches anew.
+        """
+        if hasattr(self, "member"):  # otherwise it was just being opened
+            self.member.disinherit()
+        within = is_setting_up() or any(shard.is_entered() for shard in getattr(self, "shards", ()))
+        if within and not is_compiled():
+            self.left_to_parent = True
+            self.words.release()
+            self.data.release()
 
     def is_current(self) -> bool:
         """Whether both files still have their names, and this process its descriptors (a daemon may close them all)."""
+        if self.left_to_parent:
+            return False
         files = (_file(self.segment_fd), _file(self.lock_fd))
         return all(names and file == known for (file, names), known in zip(files, self._identities, strict=True))
 
     def disown(self) -> None:
         """Forget descriptors that somebody has closed: their numbers, and the locks that went with them, are lost."""
+        if self.left_to_parent:
+            self.close_files()  # before the lock file is opened again, for that drops what the process has locked
+            return
         owned = (_file(self.segment_fd)[0] == self._identities[0], _file(self.lock_fd)[0] == self._identities[1])
         if all(owned):
             return
@@ -168,7 +190,7 @@ class Attachment:
 
     def detach(self) -> None:
         """One user less; the last one gives the process's place back, and unlinks an ephemeral cache nobody uses."""
-        if self.users == 1:
+        if self.users == 1 and not self.left_to_parent:
             self._wait_for_own_threads()
         self.users -= 1
         if self.users > 0 or self._detached:
@@ -264,6 +286,7 @@ def _standard_descriptors_taken() -> Iterator[None]:
 
 _kept: list[memoryview] = []
 _attachments: dict[str, Attachment] = {}
+_all_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()  # also those that others have replaced
 _mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a locked one behind
 
 
@@ -635,6 +658,7 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
         raise _UsedLockFile
     os.ftruncate(lock_fd, 1)
     fd = -1
+    epoch = process_epoch()
     try:
         geometry = wish.geometry()
         size = geometry.file_bytes
@@ -662,6 +686,8 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
         ):
             store(words, word, value)
         attachment.open(geometry)
+        if process_epoch() != epoch:
+            raise forked_within()  # by a signal handler: the cache is the parent's, and perhaps in use by now
         for shard in attachment.shards:
             shard.format(secrets.randbits(60) << 1)
         if not all(sleeper.create() for sleeper in attachment.sleepers):
@@ -677,7 +703,8 @@ def _create(wish: Wish, lock_fd: int) -> Attachment:
     except BaseException:
         if fd >= 0:
             os.close(fd)
-        _remove_files(wish.name)
+        if process_epoch() == epoch:
+            _remove_files(wish.name)
         raise
 
 
@@ -749,6 +776,14 @@ def _remove_files(name: str) -> bool:
         lock_path(name).unlink()
         removed = True
     return removed
+
+
+def _after_fork_in_child() -> None:
+    for attachment in list(_all_attachments):
+        attachment.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @atexit.register

@@ -26,8 +26,10 @@ __all__ = [
     "SETUP_BYTE",
     "Guard",
     "Mutex",
+    "forked_within",
     "holders",
     "is_byte_locked",
+    "is_setting_up",
     "try_lock_byte",
     "under_setup_lock",
 ]
@@ -54,9 +56,13 @@ class Mutex:
         self.lock = threading.Lock()
         self.owner = 0
 
+    def is_mine(self) -> bool:
+        """Whether this thread has the lock."""
+        return self.owner == threading.get_ident() and self.lock.locked()
+
     def refuse_reentry(self) -> None:
         """Raise LockTimeout if this thread has the lock: waiting for itself it would wait for ever."""
-        if self.owner == threading.get_ident() and self.lock.locked():
+        if self.is_mine():
             raise LockTimeout(
                 "this thread is in the middle of a cache operation, so a signal handler or finalizer that runs within "
                 "it cannot use the cache"
@@ -72,18 +78,39 @@ def _own_mutex(mutexes: dict[int, Mutex]) -> Mutex:
     return mutexes.setdefault(process_epoch(), Mutex())
 
 
+def is_setting_up() -> bool:
+    """Whether this thread is in `under_setup_lock`; in a forked child, whether it was when it forked."""
+    return any(mutex.is_mine() for mutex in list(_setup_mutexes.values()))
+
+
+def forked_within() -> LockTimeout:
+    """For a child that a signal handler forked in the midst of something, and that goes on as if it were the parent."""
+    return LockTimeout(
+        "this process was forked in the midst of a cache operation, by a signal handler or finalizer: the operation is "
+        "its parent's, who finishes it; do it again here if this process needs it too"
+    )
+
+
 def under_setup_lock(fd: int, timeout: float, work: Callable[[], Result]) -> Result:
     """Do what creating, attaching, unlinking and taking a line exclude each other for, in this process and among all.
 
     Raises LockTimeout when others take longer than `timeout` seconds, CacheClosed where `fd` was closed meanwhile.
     """
+    epoch = process_epoch()
     mutex = _own_mutex(_setup_mutexes)
     mutex.refuse_reentry()
     with mutex.lock:
         try:
             mutex.owner = threading.get_ident()
             _await_setup_byte(fd, timeout)
-            return work()
+            result = work()
+            if process_epoch() != epoch:
+                raise forked_within()
+            return result
+        except ValueError:
+            if process_epoch() != epoch:
+                raise forked_within() from None  # the views of the segment were released
+            raise
         finally:
             # Calls of C functions only: no signal handler runs before they are done.
             try:  # noqa: SIM105

@@ -29,9 +29,12 @@ else:
     from shmcache.engine.membership import Member
     from shmcache.engine.primitives import *
 
+from shmcache.engine.bytelock import forked_within
 from shmcache.errors import CacheClosed
 
 __all__ = ["Lock"]
+
+watch_forks()
 
 
 @cython.final
@@ -80,7 +83,10 @@ class Lock:
         _spin: cython.int
         taken: cython.bint = False
         woken: cython.bint
+        epoch: cython.ulonglong = process_epoch()
         while not taken:
+            if process_epoch() != epoch:
+                raise forked_within()  # by a signal handler, while this slept
             if not self.member.owner:
                 raise CacheClosed("the cache was closed by another thread while this one waited for a lock")
             for _spin in range(SPINS):

@@ -27,7 +27,7 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
-from shmcache.engine.bytelock import is_byte_locked, try_lock_byte, under_setup_lock
+from shmcache.engine.bytelock import forked_within, is_byte_locked, try_lock_byte, under_setup_lock
 from shmcache.errors import CacheClosed, TooManyProcesses
 
 __all__ = ["Member", "Registry"]
@@ -77,6 +77,11 @@ class Member:
         self.owner = 0
         self.registry.forget()
 
+    def disinherit(self) -> None:
+        """In a forked child: do nothing in the parent's name, neither lock nor count, until `join`."""
+        self.owner = 0
+        self.counters = len(self.words)  # beyond the end: nothing is stored there
+
 
 class Registry:
     """The process table of one cache and the lock file that proves it. `fd` is the only descriptor of that file."""
@@ -97,11 +102,17 @@ class Registry:
         under_setup_lock(self.fd, timeout, self._take_line)
 
     def _take_line(self) -> None:
-        if self._own_epoch == process_epoch():
+        epoch = process_epoch()
+        if self._own_epoch == epoch:
             return
         line = self._lock_a_line()
+        if process_epoch() != epoch:
+            raise forked_within()  # the byte is the parent's
         at = self.line(line)
-        store(self.words, at + P_GENERATION, load(self.words, at + P_GENERATION) + 1)
+        generation: cython.ulonglong = wrap(load(self.words, at + P_GENERATION) + 1)
+        if generation & GENERATION_MASK == 0:
+            generation += 1  # line 0 would have the owner id that says "free"
+        store(self.words, at + P_GENERATION, generation)
         for counter in range(COUNTERS):
             counted = load(self.words, at + P_COUNTERS + counter)
             total = load(self.words, H_TOTALS + counter)
@@ -110,7 +121,7 @@ class Registry:
         store(self.words, at + P_ATTACHED, time.time_ns())
         store(self.words, at + P_PID, os.getpid())
         self.own_line = line
-        self._own_epoch = process_epoch()
+        self._own_epoch = epoch
 
     def _lock_a_line(self) -> int:
         for _attempt in range(5):

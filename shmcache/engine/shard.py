@@ -42,11 +42,15 @@ else:
     from shmcache.engine.request import Request
     from shmcache.engine.table import Table
 
-from shmcache.engine.bytelock import Mutex
+from shmcache.engine.bytelock import Mutex, forked_within
 from shmcache.engine.layout import Geometry
 from shmcache.errors import LockTimeout
 
 __all__ = ["Shard"]
+
+# Uncompiled, a process may lose its line within an operation: another thread closed the cache, or a signal handler
+# forked. Its owner id is then 0, which in the lock says that the lock is free.
+NOBODY = -1
 
 
 @cython.final
@@ -121,6 +125,9 @@ class Shard:
                             self.record_hit_locked(request)
                     finally:
                         self.leave()
+                except ValueError:
+                    self.refuse_if_forked()
+                    raise
                 finally:
                     self.leave()
                     self.mutex().owner = 0
@@ -157,6 +164,9 @@ class Shard:
                         start = self.run_locked(requests, start, now)
                     finally:
                         self.leave()
+                except ValueError:
+                    self.refuse_if_forked()
+                    raise
                 finally:
                     self.leave()  # a signal handler that raised may have interrupted the first
                     self.mutex().owner = 0
@@ -190,6 +200,9 @@ class Shard:
                     return self.inspect_locked(self, rebuild)
                 finally:
                     self.leave()
+            except ValueError:
+                self.refuse_if_forked()
+                raise
             finally:
                 self.leave()
                 self.mutex().owner = 0
@@ -206,7 +219,7 @@ class Shard:
 
     def enter(self, timeout_ns: cython.ulonglong) -> int:
         """Take the lock, and bring the shard in order if the owner before died."""
-        if not cython.compiled and load(self.words, self.header + S_LOCK) == self.member.owner:
+        if not cython.compiled and load(self.words, self.header + S_LOCK) == (self.member.owner or NOBODY):
             self.recover_locked()  # the mutex is ours, so this is what an interrupted `leave` of this process left
             return 0
         if not self.lock.acquire(timeout_ns):
@@ -225,7 +238,7 @@ class Shard:
     def leave(self) -> int:
         """Give the lock back."""
         if not cython.compiled:
-            if load(self.words, self.header + S_LOCK) != self.member.owner:
+            if load(self.words, self.header + S_LOCK) != (self.member.owner or NOBODY):
                 return 0
             if self.is_dirty():
                 self.recover_locked()
@@ -241,6 +254,17 @@ class Shard:
     def mutex(self) -> Any:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
         return self.mutexes.setdefault(process_epoch(), Mutex())
+
+    def refuse_if_forked(self) -> None:
+        """Uncompiled: raise LockTimeout in a child that a signal handler forked while this process had the mutex."""
+        try:
+            len(self.words)
+        except ValueError:  # `segment.py` released the view
+            raise forked_within() from None
+
+    def is_entered(self) -> bool:
+        """Uncompiled: whether this thread has the mutex; in a forked child, whether it had when it forked."""
+        return any(mutex.is_mine() for mutex in list(self.mutexes.values()))
 
     # --- operations -------------------------------------------------------------------------------------------------
     def perform_locked(self, request: Request, now: cython.ulonglong) -> int:

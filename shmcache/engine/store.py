@@ -108,15 +108,19 @@ class Store:
         self.shards: list[Shard] = []
         self.epoch = CLOSED
 
-    def _adopt(self, attachment: Any, default_ttl_ns: int) -> None:
-        """Work on this attachment from now on."""
+    def _process_epoch(self) -> int:
+        """This process, as a number that a forked child does not have."""
+        return process_epoch()
+
+    def _adopt(self, attachment: Any, default_ttl_ns: int, epoch: int) -> None:
+        """Work on this attachment from now on. `epoch` is that of before it was made: a signal handler may fork."""
         self.attachment = attachment
         self.shards = attachment.shards
         self.shard_count = len(attachment.shards)
         self.secret0, self.secret1 = attachment.secret
         self.member = attachment.member
         self.default_ttl_ns = default_ttl_ns
-        self.epoch = process_epoch()
+        self.epoch = epoch
         self.next_check = (now_ns() if self.clock is None else self.clock()) + CHECK_NS
 
     def _attached(self) -> Any:
@@ -537,15 +541,16 @@ class Store:
         """Notice that the cache was closed, that this is a forked child, or that the files were unlinked."""
         if self.epoch == CLOSED:
             raise self.closed()
+        epoch: cython.ulonglong = process_epoch()
         attachment = self.attachment
         current = attachment is not None and attachment.is_current()  # lets other threads run
         if self.epoch == CLOSED:
             raise self.closed()
         if not current:
             self._reattach(attachment)
-        elif self.epoch != process_epoch():
+        elif self.epoch != epoch:
             self.member.join(self.timeout_ns / 1e9)
-            self.epoch = process_epoch()
+            self.epoch = epoch
         self.next_check = now + CHECK_NS
 
     def take(self) -> Request:
@@ -639,9 +644,9 @@ class Store:
         request.op = op
         request.refusals = 0
         status: cython.int = UNDONE
-        if process_epoch() != self.epoch:
-            self._refresh(now)  # the serializer forked, and this is the child
         while status == UNDONE:
+            if process_epoch() != self.epoch:
+                self._refresh(now)  # the serializer or a signal handler forked, and this is the child
             shard: Shard = self.shard_of(request)
             shards = self.shards
             try:
@@ -652,7 +657,7 @@ class Store:
             except CacheClosed:
                 if self.epoch == CLOSED:
                     raise
-                status = UNDONE  # unlinked while we waited, and another thread has moved us to a new segment
+                status = UNDONE  # another thread has moved us to a new segment, or this is a child without a line
         if status >= CORRUPT:
             self.raise_for(status)
         return status
