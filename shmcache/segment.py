@@ -787,8 +787,12 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @atexit.register
-def _detach_all() -> None:
+def _at_exit() -> None:
+    """Say that this process leaves. Functions registered earlier, and daemon threads, may still use its caches."""
     for attachment in list(_attachments.values()):
-        attachment.users = 1
         with contextlib.suppress(Exception):
-            attachment.detach()
+            if attachment.ephemeral and threading.active_count() == 1:
+                attachment.users = 1
+                attachment.detach()
+            else:  # what is locked is given back by the kernel, and a reaper removes what is ephemeral
+                attachment.registry.take_leave()

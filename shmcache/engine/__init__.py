@@ -1,10 +1,13 @@
 """The engine: everything that reads or writes a word of the shared segment lives in this package.
 
-`SHMCACHE_PURE=1` in the environment makes Python run the sources even where compiled modules lie beside them.
+`SHMCACHE_PURE=1` in the environment makes Python run the sources even where compiled modules lie beside them. Only the
+main interpreter of a process gets either: two would take each other's places in the process table, since what the
+kernel locks belongs to the process, and compiled code would wait for the wrong thread state.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -13,6 +16,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 __all__: list[str] = []
 
@@ -28,6 +32,22 @@ class _Sources(MetaPathFinder):
             return None
         return importlib.util.spec_from_file_location(fullname, Path(__file__).with_name(f"{leaf}.py"))
 
+
+def _is_main_interpreter() -> bool:
+    """Whether this is no sub-interpreter, as mod_wsgi makes them; no public function of Python before 3.14 tells."""
+    name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
+    try:
+        interpreters: Any = importlib.import_module(name)
+    except ImportError:
+        return True  # a Python without them
+    return bool(interpreters.get_current() == interpreters.get_main())
+
+
+if not _is_main_interpreter():
+    raise ImportError(
+        "shmcache works in the main interpreter of a process only, and this is a sub-interpreter: with mod_wsgi, set "
+        "`WSGIApplicationGroup %{GLOBAL}`"
+    )
 
 if os.environ.get("SHMCACHE_PURE", "") not in ("", "0"):
     sys.meta_path.insert(0, _Sources())

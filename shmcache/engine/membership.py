@@ -144,9 +144,13 @@ class Registry:
 
     def leave(self) -> None:
         """Give the line back. Closing the lock file right after drops the lock."""
+        self.take_leave()
+        self._own_epoch = 0
+
+    def take_leave(self) -> None:
+        """Mark the line as left in order, while its lock still proves that this process lives."""
         if self._own_epoch == process_epoch():
             store(self.words, self.line(self.own_line) + P_PID, 0)
-        self._own_epoch = 0
 
     def is_alive(self, owner: int) -> bool:
         """Whether the process of this owner id still runs; CacheClosed if our lock file was closed meanwhile."""

@@ -657,7 +657,10 @@ class Store:
             except CacheClosed:
                 if self.epoch == CLOSED:
                     raise
-                status = UNDONE  # another thread has moved us to a new segment, or this is a child without a line
+                # Another thread has moved us to a new segment or will, this is a child without a line of the process
+                # table, or the end of the interpreter has detached us.
+                self._refresh(now)
+                status = UNDONE
         if status >= CORRUPT:
             self.raise_for(status)
         return status
