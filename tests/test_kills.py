@@ -5,7 +5,6 @@ Kills at random moments are in tests/torture/kills.py.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from shmcache import Cache, LockTimeout
 from shmcache.engine import layout
+from tests.holders import hold, lock_word, waiters
 from tests.processes import Family, Gate, no_gc, until
 
 STALL = 0.05  # seconds after a holder's death within which others work on; more is the machine's, and seen rarely
@@ -31,24 +31,6 @@ def milliseconds(seconds: list[float]) -> str:
 def cheap_forks() -> Iterator[None]:
     with no_gc():
         yield
-
-
-def lock_word(cache: Cache) -> int:
-    return int(cache.attachment.geometry.region(0).header) + layout.S_LOCK
-
-
-def waiters(cache: Cache) -> int:
-    return int(cache.attachment.words[lock_word(cache) - layout.S_LOCK + layout.S_WAITERS])
-
-
-def hold(cache: Cache, then: Callable[[Cache], object] = lambda cache: None) -> None:
-    """Take the lock of the only shard, as `acquire` does when nobody else wants it; then stop in its midst."""
-    cache.get("anything")  # a forked child becomes a member at its first operation
-    cache.attachment.words[lock_word(cache)] = cache.attachment.member.owner
-    then(cache)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    cache.attachment.words[lock_word(cache)] = 0
-    cache.set("from the holder", "after all")
 
 
 @pytest.fixture

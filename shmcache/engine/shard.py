@@ -48,10 +48,6 @@ from shmcache.errors import LockTimeout
 
 __all__ = ["Shard"]
 
-# Uncompiled, a process may lose its line within an operation: another thread closed the cache, or a signal handler
-# forked. Its owner id is then 0, which in the lock says that the lock is free.
-NOBODY = -1
-
 
 @cython.final
 @cython.cclass
@@ -219,7 +215,7 @@ class Shard:
 
     def enter(self, timeout_ns: cython.ulonglong) -> int:
         """Take the lock, and bring the shard in order if the owner before died."""
-        if not cython.compiled and load(self.words, self.header + S_LOCK) == (self.member.owner or NOBODY):
+        if not cython.compiled and self.member.owner and load(self.words, self.header + S_LOCK) == self.member.owner:
             self.recover_locked()  # the mutex is ours, so this is what an interrupted `leave` of this process left
             return 0
         if not self.lock.acquire(timeout_ns):
@@ -238,7 +234,9 @@ class Shard:
     def leave(self) -> int:
         """Give the lock back."""
         if not cython.compiled:
-            if load(self.words, self.header + S_LOCK) != (self.member.owner or NOBODY):
+            # Without a line of the process table, nothing is ours: another thread closed the cache, or a signal
+            # handler forked here and this is the child.
+            if not self.member.owner or load(self.words, self.header + S_LOCK) != self.member.owner:
                 return 0
             if self.is_dirty():
                 self.recover_locked()
