@@ -36,6 +36,7 @@ NAMES = (
     "interrupts",
     "torn_reads",
     "linearizability",
+    "churn",
     "lock_model",
     "unlinked",
 )
