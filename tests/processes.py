@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import shmcache
+from shmcache import segment
 
 DEADLINE = 30.0  # seconds until a test stops waiting for a process; none comes near it
 
@@ -56,6 +57,18 @@ class Gate:
         os.close(self._read)
 
     close = open  # where another process is to open it
+
+
+def files(name: str) -> list[str]:
+    """The files of a cache, whatever kind."""
+    return sorted(path.name for path in segment.DIRECTORY.glob(f"*{name}*"))
+
+
+def read(fd: int, size: int = 1) -> bytes:
+    """Read from a pipe that children write to."""
+    ready, _, _ = select.select([fd], [], [], DEADLINE)
+    assert ready, "no child wrote"
+    return os.read(fd, size)
 
 
 class Child:
@@ -235,6 +248,38 @@ class Family:
                         stream.close()
 
 
+# --- ways to leave ----------------------------------------------------------------------------------------------------
+def leave_by_end(process: Interpreter) -> None:
+    assert process.finish() == (0, "")
+
+
+def leave_by_close(process: Interpreter) -> None:
+    process.ask("c.close()")
+    assert process.finish() == (0, "")
+
+
+def leave_by_os_exit(process: Interpreter) -> None:
+    process.tell("__import__('os')._exit(0)")
+    assert process.finish() == (0, "")
+
+
+def leave_by_sys_exit(process: Interpreter) -> None:
+    process.tell("sys.exit(3)")
+    assert process.finish() == (3, "")
+
+
+def leave_by_sigterm(process: Interpreter) -> None:
+    assert process.kill(signal.SIGTERM) == (-signal.SIGTERM, "")
+
+
+def leave_by_sigkill(process: Interpreter) -> None:
+    assert process.kill() == (-signal.SIGKILL, "")
+
+
+WAYS_TO_LEAVE = [leave_by_end, leave_by_close, leave_by_os_exit, leave_by_sys_exit, leave_by_sigterm, leave_by_sigkill]
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
 def run_python(code: str, *args: str, **env: str) -> str:
     """Run a program to its end; what it printed. Every warning is an error, and stderr has to stay empty."""
     answer = subprocess.run(

@@ -26,8 +26,8 @@ from shmcache.cli.text import show_size
 from shmcache.doctor import Finding, examine
 from shmcache.engine import layout
 from shmcache.engine.bytelock import REAPER_BYTE, SETUP_BYTE, holders
+from tests.holders import hold
 from tests.processes import Family, environment, no_gc
-from tests.test_kills import hold
 
 Make = Callable[..., Cache]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import os
 import pickle
@@ -15,19 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, reaper, segment
+from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, segment
 from shmcache.engine import layout
-from tests.processes import DEADLINE, Child, Family, Gate, Interpreter, no_gc, run_python, until
+from tests.processes import DEADLINE, WAYS_TO_LEAVE, Child, Family, Gate, files, no_gc, read, run_python, until
 
 SMALL = 256 * 1024
-
-
-def files(name: str) -> list[str]:
-    """The files of a cache, whatever kind."""
-    return sorted(path.name for path in segment.DIRECTORY.glob(f"*{name}*"))
 
 
 # --- creating -------------------------------------------------------------------------------------------------------
@@ -57,15 +50,6 @@ def test_50_processes_that_begin_at_once_get_one_cache(name: str) -> None:
         assert cache.get("arrived") == 50
         assert len(cache) == 51
         assert cache.stats().processes == 1
-
-
-def read(fd: int, size: int = 1) -> bytes:
-    """Read from a pipe that children write to."""
-    import select
-
-    ready, _, _ = select.select([fd], [], [], DEADLINE)
-    assert ready, "no child wrote"
-    return os.read(fd, size)
 
 
 def test_the_creator_is_killed_at_a_random_moment_while_others_begin(name: str) -> None:
@@ -307,36 +291,6 @@ def test_a_forked_child_counts_as_itself(make_cache: Callable[..., Cache]) -> No
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------
-def leave_by_end(process: Interpreter) -> None:
-    assert process.finish() == (0, "")
-
-
-def leave_by_close(process: Interpreter) -> None:
-    process.ask("c.close()")
-    assert process.finish() == (0, "")
-
-
-def leave_by_os_exit(process: Interpreter) -> None:
-    process.tell("__import__('os')._exit(0)")
-    assert process.finish() == (0, "")
-
-
-def leave_by_sys_exit(process: Interpreter) -> None:
-    process.tell("sys.exit(3)")
-    assert process.finish() == (3, "")
-
-
-def leave_by_sigterm(process: Interpreter) -> None:
-    assert process.kill(signal.SIGTERM) == (-signal.SIGTERM, "")
-
-
-def leave_by_sigkill(process: Interpreter) -> None:
-    assert process.kill() == (-signal.SIGKILL, "")
-
-
-WAYS = [leave_by_end, leave_by_close, leave_by_os_exit, leave_by_sys_exit, leave_by_sigterm, leave_by_sigkill]
-
-
 def test_processes_leave_in_every_order_and_way(name: str) -> None:
     """The first one of three is the creator. The cache survives them all, and nobody prints a thing."""
     for number, order in enumerate(itertools.permutations(range(3))):
@@ -349,7 +303,7 @@ def test_processes_leave_in_every_order_and_way(name: str) -> None:
             processes[0].ask("c.set('key', 'value')")
             remaining = list(order)
             for position in order:
-                WAYS[(number + position) % len(WAYS)](processes[position])
+                WAYS_TO_LEAVE[(number + position) % len(WAYS_TO_LEAVE)](processes[position])
                 remaining.remove(position)
                 for other in remaining:
                     assert processes[other].ask("c.get('key')") == "value"
@@ -359,140 +313,6 @@ def test_processes_leave_in_every_order_and_way(name: str) -> None:
             assert cache.check() == []
             assert cache.stats().processes == 1
         segment.unlink(name)
-
-
-# --- ephemeral ------------------------------------------------------------------------------------------------------
-def reapers(name: str) -> list[psutil.Process]:
-    """The processes that wait to remove a cache."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if any(f"{segment.file_name(name)}~" in argument for argument in process.cmdline()[1:]):
-                found.append(process)
-        except psutil.Error:  # it has just ended
-            continue
-    return found
-
-
-@pytest.mark.parametrize("leave", WAYS)
-def test_an_ephemeral_cache_goes_with_its_last_process(name: str, leave: Callable[[Interpreter], None]) -> None:
-    create = f"(c := Cache({name!r}, max_bytes={SMALL}, ephemeral=True))"
-    with Family() as family:
-        processes = [family.python() for _ in range(3)]
-        for process in processes:
-            process.ask(create)
-        processes[0].ask("c.set('key', 'value')")
-        until(lambda: len(reapers(name)) == 1, 5)
-        program, lock_file = reapers(name)[0].cmdline()[-2:]
-        assert (Path(program).name, lock_file) == ("reaper_process.py", str(segment.lock_path(name)))
-        for process in processes[:2]:
-            leave(process)
-            assert files(name) != []
-            assert processes[2].ask("c.get('key')") == "value"
-        leave(processes[2])
-        until(lambda: files(name) == [], 5)
-        until(lambda: reapers(name) == [], 5)
-
-        again = family.python()
-        again.ask(create)
-        assert again.ask("c.get('key')") is None
-        again.ask("c.set('key', 'new')")
-        assert again.ask("c.check()") == []
-        leave(again)
-        until(lambda: files(name) == [], 5)
-        until(lambda: reapers(name) == [], 5)
-
-
-def test_a_reaper_that_cannot_be_started_is_a_warning(
-    name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    with (tmp_path / "lock").open("w") as lock:
-        reaper.start_reaper(lock.fileno(), [str(tmp_path)])  # a directory is no lock file
-    assert "no reaper could be started" in caplog.text
-    assert "exit status 1" in caplog.text
-    assert reapers(name) == []
-
-
-@pytest.mark.parametrize("leave", ["close", "exit", "kill"])
-def test_a_forked_child_that_did_nothing_yet_keeps_an_ephemeral_cache_alive(name: str, leave: str) -> None:
-    """As when a process forks twice to become a daemon: its parent is gone before the child's first operation."""
-    gate = Gate()
-
-    def work(cache: Cache) -> None:
-        gate.wait()
-        assert cache.get("key") == "value"
-
-    def parent() -> None:
-        cache = Cache(name, max_bytes=SMALL, ephemeral=True)
-        cache.set("key", "value")
-        os.write(tell, str(Child(work, cache).pid).encode())
-        if leave == "close":
-            cache.close()
-        elif leave == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            atexit._run_exitfuncs()
-
-    told, tell = os.pipe()
-    with Family() as family:
-        family.fork(parent).wait()
-        pid = int(read(told, 20))
-        assert files(name) != []
-        until(lambda: len(reapers(name)) == 1, 5)
-        assert files(name) != []
-        gate.open()
-        until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-        until(lambda: files(name) == [], 5)
-        until(lambda: reapers(name) == [], 5)
-    os.close(told)
-    os.close(tell)
-
-
-def test_an_ephemeral_cache_outlives_those_that_attach_to_it_and_go(name: str) -> None:
-    with Family() as family:
-        creator = family.python()
-        creator.ask(f"(c := Cache({name!r}, max_bytes={SMALL}, ephemeral=True))")
-        creator.ask("c.set('key', 'value')")
-        for leave in WAYS:
-            visitor = family.python()
-            assert visitor.ask(f"(c := Cache.attach({name!r})).get('key')") == "value"
-            leave(visitor)
-            assert creator.ask("c.get('key')") == "value"
-        until(lambda: len(reapers(name)) == 1, 5)
-        assert files(name) != []
-        leave_by_sigkill(creator)
-        until(lambda: files(name) == [], 5)
-
-
-def test_forked_children_keep_an_ephemeral_cache_alive(name: str) -> None:
-    gate = Gate()
-
-    def work(cache: Cache) -> None:
-        cache.set("from the child", 1)
-        gate.wait()
-        assert cache.get("from the child") == 1
-
-    def parent() -> None:
-        cache = Cache(name, max_bytes=SMALL, ephemeral=True)
-        child = Child(work, cache)
-        until(lambda: cache.get("from the child") == 1)
-        cache.close()
-        os.write(tell, str(child.pid).encode())
-
-    told, tell = os.pipe()
-    with Family() as family:
-        assert family.fork(parent).wait() == 0
-        pid = int(read(told, 20))
-        assert files(name) != []
-        with Cache.attach(name) as cache:
-            assert cache.get("from the child") == 1
-            assert {process.pid for process in cache.stats().attached} == {pid, os.getpid()}
-        assert files(name) != []
-        gate.open()
-        until(lambda: files(name) == [], 5)
-        until(lambda: reapers(name) == [], 5)
-    os.close(told)
-    os.close(tell)
 
 
 # --- unlinked behind our back ---------------------------------------------------------------------------------------
