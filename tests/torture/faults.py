@@ -34,7 +34,7 @@ ENGINE = Path(engine.__file__).parent
 ELSEWHERE = {
     "membership.Member.count": "a statistic in this process's own line",
     "membership.Registry._take_line": "under the setup lock: tests/test_processes.py kills a creator at each of them",
-    "membership.Registry.leave": "the last store of a process that detaches",
+    "membership.Registry.take_leave": "the last store of a process that detaches",
     "shard.Shard.format": "at creation, before anybody can attach",
 }
 
