@@ -164,7 +164,7 @@ class Cache(Store):
             assert old is not None
             if not (old.is_lost or old.left_to_parent):
                 log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
-            old.is_lost = True
+                old.is_lost = True
             self._before = self._wish_for(old)
             try:
                 self._open_as_before()
