@@ -45,7 +45,7 @@ from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
 from shmcache.engine.repair import inspect_locked
 from shmcache.engine.shard import Shard
-from shmcache.engine.store import is_compiled
+from shmcache.engine.store import MAX_TTL_NS, is_compiled
 from shmcache.errors import (
     CacheNotFound,
     CorruptSegment,
@@ -116,6 +116,9 @@ class Attachment:
         self.geometry = geometry
         self.registry = Registry(self.words, self.lock_fd, geometry.processes)
         self.member = Member(self.words, self.registry)
+        # Read once: what the header says later on may be nonsense.
+        self.ephemeral = bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
+        self.default_ttl_ns = load(self.words, layout.H_DEFAULT_TTL)
         self.secret = (load(self.words, layout.H_SECRET), load(self.words, layout.H_SECRET + 1))
         self.sleepers = [_sleeper(self.name, number) for number in range(geometry.shards)]
         self.guard = Guard(self.lock_fd)
@@ -125,14 +128,6 @@ class Attachment:
             )
             for number, sleeper in enumerate(self.sleepers)
         ]
-
-    @property
-    def default_ttl_ns(self) -> int:
-        return load(self.words, layout.H_DEFAULT_TTL)
-
-    @property
-    def ephemeral(self) -> bool:
-        return bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
 
     def is_current(self) -> bool:
         """Whether both files still have their names, and this process its descriptors (a daemon may close them all)."""
@@ -619,6 +614,8 @@ def _read_geometry(header: memoryview, size: int, name: str) -> Geometry:
         )
     except (ValueError, OverflowError):
         sound = False
+    sound &= header[layout.H_FLAGS] <= layout.FLAG_COMPILED | layout.FLAG_EPHEMERAL
+    sound &= header[layout.H_DEFAULT_TTL] <= MAX_TTL_NS
     if not sound or geometry.eviction == "unknown" or size != geometry.file_bytes:
         raise CorruptSegment(
             f"the header of cache {name!r} does not describe its {size} bytes ({geometry}): it was truncated or "

@@ -61,7 +61,7 @@ class Lru:
 
     # --- the list ---------------------------------------------------------------------------------------------------
     def at(self, slot: cython.ulonglong) -> int:
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def link_front(self, slot: cython.ulonglong) -> None:
         ends: cython.ulonglong = load(self.words, self.header + S_ORDER)  # tail in the upper half, head in the lower
