@@ -32,10 +32,10 @@ from tests.processes import Child, Family, no_gc
 from tests.torture.campaign import Part, Trial
 
 COMPILED = is_compiled()
-ROUNDS = 500 if COMPILED else 40  # of damage, operations and repair; one child's work
+ROUNDS = 250 if COMPILED else 30  # of damage, operations and repair; one child's work
 OPERATIONS = 12 if COMPILED else 6  # of a round
 EPOCH = 0.15  # seconds of damage at full speed
-LONGEST = 20.0  # seconds that one operation may take here, where six processes share two cores
+LONGEST = 20.0  # seconds that one operation may take, on a machine with other things to do
 GROWTH = 64 * 1024  # KiB that a child may grow by
 LOCK_TIMEOUT = 0.03  # seconds
 GUARD = 1 << 30  # bytes of forbidden memory on either side
