@@ -17,6 +17,7 @@ import random
 import resource
 import signal
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -166,12 +167,19 @@ class Liar:
             case "values":
                 self.value(region, slot)
 
-    def write(self, start: int, some: bytes) -> None:
+    # Never that the cache is ephemeral: nobody can tell that it is not, and who detaches would remove it, as it should.
+    def write(self, start: int, some: bytes | bytearray) -> None:
+        flags = layout.H_FLAGS * 8 + (0 if sys.byteorder == "little" else 7)
+        if start <= flags < start + len(some):
+            some = bytearray(some)
+            some[flags - start] &= ~layout.FLAG_EPHEMERAL
         self.before.append((start, bytes(self.data[start : start + len(some)])))
         self.data[start : start + len(some)] = some
         self.count += 1
 
     def put(self, at: int, value: int) -> None:
+        if at == layout.H_FLAGS:
+            value &= ~layout.FLAG_EPHEMERAL
         self.before.append((at, self.words[at]))  # a word is stored whole, as a process would
         self.words[at] = value
         self.count += 1
@@ -453,10 +461,12 @@ class User:
 
     def incr(self) -> None:
         key = self.key()
-        # What it finds is somebody's number, or no number at all, or none.
+        # Noted before, as everywhere: it may be stored though the operation raises afterwards.
+        numbers = {each for each in self.has_had.get(key, []) if type(each) is int}
+        self.has_had.setdefault(key, []).extend({each + 3 for each in (4, *numbers)} - numbers)
+        # What it finds may be somebody's number, or no number at all, or nothing.
         with contextlib.suppress(KeyError, TypeError, OverflowError):
-            total = self.cache.incr(key, 3, initial=self.rng.choice((None, 4)))
-            self.has_had.setdefault(key, []).append(total)
+            self.cache.incr(key, 3, initial=self.rng.choice((None, 4)))
 
     def touch(self) -> None:
         self.cache.touch(self.key(), self.some_ttl())
@@ -651,10 +661,8 @@ class Batch:
     def attach_anew(self) -> None:
         """Close the cache and attach with lies in its header, which is refused or works."""
         self.cache.close()
-        flags = self.liar.words[layout.H_FLAGS] & layout.FLAG_EPHEMERAL  # nobody can tell that this one is wrong
         for _ in range(self.rng.randrange(3)):
             self.liar.lie("header")
-        self.liar.words[layout.H_FLAGS] = self.liar.words[layout.H_FLAGS] & ~layout.FLAG_EPHEMERAL | flags
         self.board.begin("attach")
         with contextlib.suppress(CorruptSegment, IncompatibleSegment), self.attach() as self.user.cache:
             self.user.strict = False
