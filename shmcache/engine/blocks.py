@@ -107,7 +107,7 @@ class Blocks:
                 room -= skip
                 if room > size:
                     room = size
-                if not copy_in(self.data, self.at(run) * 8 + RUN_HEADER_BYTES + skip, source, room):
+                if not copy_in(self.data, self.bytes_at(run) + skip, source, room):
                     return
                 source = advance(source, room)
                 size -= room
@@ -142,7 +142,7 @@ class Blocks:
                 room -= skip
                 if room > size:
                     room = size
-                if not copy(target, to, self.data, self.at(run) * 8 + RUN_HEADER_BYTES + skip, room):
+                if not copy(target, to, self.data, self.bytes_at(run) + skip, room):
                     return False
                 to += room
                 size -= room
@@ -168,7 +168,7 @@ class Blocks:
             room = room * BLOCK_BYTES - RUN_HEADER_BYTES
             if room > size:
                 room = size
-            if not same_bytes(self.data, self.at(run) * 8 + RUN_HEADER_BYTES, other, room):
+            if not same_bytes(self.data, self.bytes_at(run), other, room):
                 return False
             size -= room
             if not size:
@@ -341,6 +341,10 @@ class Blocks:
         """The word index of a block."""
         return record(self.first, BLOCK_WORDS, block, self.count)
 
+    def bytes_at(self, run: cython.ulonglong) -> int:
+        """Where the bytes of a run that has a length begin."""
+        return (self.first + run * BLOCK_WORDS) * 8 + RUN_HEADER_BYTES
+
     def length(self, run: cython.ulonglong) -> int:
         """The length of a run, never past the end of the blocks; 0 if it is none."""
         length: cython.ulonglong = high(load(self.words, self.at(run))) & RUN_LENGTH_MASK
@@ -348,8 +352,8 @@ class Blocks:
 
     def used_length(self, run: cython.ulonglong) -> int:
         """The same for a run that is not free; 0 if it is, as the flag then makes the number too large."""
-        length: cython.ulonglong = high(load(self.words, self.at(run))) & ~RUN_AFTER_FREE
-        return length if length <= self.count - run else 0
+        length: cython.ulonglong = high(load(self.words, self.first + run * BLOCK_WORDS)) & ~RUN_AFTER_FREE
+        return length if 0 <= run < self.count and length <= self.count - run else 0
 
     def free_length(self, run: cython.ulonglong) -> int:
         """The same for a run that is free, as both its ends say; otherwise 0."""
