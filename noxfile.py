@@ -20,12 +20,21 @@ import nox
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 # A build or a test is told its mode here and by nobody else.
-for variable in ("SHMCACHE_PURE", "SHMCACHE_REQUIRE_EXTENSION"):
+for variable in ("SHMCACHE_PURE", "SHMCACHE_REQUIRE_EXTENSION", "SHMCACHE_SANITIZE"):
     os.environ.pop(variable, None)
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False
+
+# What `sanitize` does not run: parts that see nothing of the extension, and what a process many times slower fails.
+NOT_SANITIZED = (
+    "test_torture.py::test_short[faults]",
+    "test_torture.py::test_short[double_deaths]",
+    "test_torture.py::test_short[lock_model]",
+    "test_torture.py::test_short[kills]",
+    "test_kills.py::test_a_killed_holder_is_succeeded_at_once",
+)
 
 SMOKE = """
 import os, shmcache
@@ -159,6 +168,42 @@ def tests(session: nox.Session, mode: str) -> None:
         elsewhere.append("lock_model")  # it knows no Python
     repeated = [f"--deselect=tests/test_torture.py::test_short[{part}]" for part in elsewhere]
     session.run("pytest", *spread, *repeated, *session.posargs, env=env)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Tests with the engine built for AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources.
+
+    Without arguments those of the contract and of lies in the segment. Arguments after `--` go to pytest:
+    `nox -s sanitize -- tests` runs all that can run so.
+    """
+    need_compiler(session)
+    compiler = os.environ.get("CC") or "gcc"
+    libraries = []
+    for library in ("libasan.so", "libubsan.so"):
+        found = str(session.run(compiler, f"-print-file-name={library}", silent=True, external=True)).strip()
+        if not Path(found).is_absolute():
+            session.skip(f"needs {library} of {compiler}")
+        libraries.append(found)
+    # A copy, for its extensions are to be used by nobody else, and those of others not to be taken for its own.
+    copy = Path(session.create_tmp(), "clone").resolve()
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info"))
+    env = {
+        "LD_PRELOAD": ":".join(libraries),  # Python itself is not built so, and it must be there before the extensions
+        # Python keeps memory until its end on purpose. And what is freed is to be kept back for a while, not for ever.
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=8",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # every object by itself, so that what lies beside one is known to be forbidden
+    }
+    with session.chdir(copy):
+        session.install("-e", ".[test]", env={"SHMCACHE_REQUIRE_EXTENSION": "1", "SHMCACHE_SANITIZE": "1"})
+        is_so = "import shmcache.engine.store as it; assert b'__asan_init' in open(it.__file__, 'rb').read()"
+        session.run("python", "-c", is_so, env=env)
+        short = ["tests/test_contract.py", "tests/test_hostile.py", "tests/test_torture.py::test_short[hostile]"]
+        spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
+        left_out = [f"--deselect=tests/{test}" for test in NOT_SANITIZED]
+        session.run("pytest", *spread, *left_out, *(session.posargs or short), env=env)
 
 
 @nox.session

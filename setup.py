@@ -5,6 +5,7 @@ The engine is compiled whole or not at all: a mix of compiled and uncompiled mod
     (default)                       compile; when that fails, warn and build without extensions
     SHMCACHE_REQUIRE_EXTENSION=1    compile; a failure is an error, so that a slow build cannot be published
     SHMCACHE_PURE=1                 build without extensions
+    SHMCACHE_SANITIZE=1             compile with AddressSanitizer and UndefinedBehaviorSanitizer, for `nox -s sanitize`
 
 `python setup.py build_ext --inplace` asks for the extensions by name, so there a failure is always an error.
 """
@@ -39,6 +40,9 @@ COMPILED = (
 # -fno-strict-aliasing: the engine reads the same memory as words and as bytes.
 # -g0: many Pythons were built with -g and pass it on; debug information would be most of every wheel.
 COMPILE_ARGS = ["-O3", "-fno-strict-aliasing", "-g0"]
+
+# The first thing that is wrong ends the process. Debug information, for there the report says where.
+SANITIZE_ARGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 DIRECTIVES = {
     "annotation_typing": True,
@@ -135,10 +139,17 @@ def switched_on(variable: str) -> bool:
 if switched_on("SHMCACHE_PURE") and switched_on("SHMCACHE_REQUIRE_EXTENSION"):
     sys.exit("error: SHMCACHE_PURE and SHMCACHE_REQUIRE_EXTENSION contradict each other: unset one of them")
 
+sanitize_args = SANITIZE_ARGS if switched_on("SHMCACHE_SANITIZE") else []
+
 setup(
     cmdclass={"build_ext": BuildEngine},
     ext_modules=[
-        Extension(f"shmcache.engine.{name}", [str(ENGINE / f"{name}.py")], extra_compile_args=COMPILE_ARGS)
+        Extension(
+            f"shmcache.engine.{name}",
+            [str(ENGINE / f"{name}.py")],
+            extra_compile_args=[*COMPILE_ARGS, *sanitize_args],
+            extra_link_args=sanitize_args,
+        )
         for name in (() if switched_on("SHMCACHE_PURE") else COMPILED)
     ],
 )

@@ -567,6 +567,8 @@ def _revive_big_int(payload: bytes) -> int:
     return int.from_bytes(payload, "big", signed=True)
 
 
+_MAX_DIMENSIONS: Final = 64  # numpy's own limit; the product of any number of large ints would take for ever
+
 # A dtype that numpy may be asked to parse: numbers, text, raw bytes and dates; never objects, never a list in a string.
 _DTYPE: Final = re.compile(r"[<>|=](?:[biufcSUV][0-9]{1,10}|[qQ]|[mM]8(?:\[[0-9]{0,10}[A-Za-z]{1,7}\])?)")
 
@@ -606,8 +608,8 @@ def _revive_numpy_array(payload: bytes) -> Any:
     dtype = _dtype(spec)
     items = bytearray(memoryview(payload)[start:])  # A copy, so that the array can be written to.
     # Python ints do not overflow, and numpy, given the memory, takes none of its own.
-    if any(type(extent) is not int or extent < 0 for extent in shape):
-        raise ValueError("a shape is made of sizes")
+    if len(shape) > _MAX_DIMENSIONS or any(type(extent) is not int or extent < 0 for extent in shape):
+        raise ValueError("a shape is made of a few sizes")
     if math.prod(shape) * dtype.itemsize != len(items):
         raise ValueError(f"{len(items)} bytes are no array of this shape and dtype")
     return _numpy().ndarray(tuple(shape), dtype, items, order=order)

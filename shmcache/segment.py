@@ -52,7 +52,7 @@ from shmcache.engine.membership import Member, Registry
 from shmcache.engine.primitives import load, process_epoch, store
 from shmcache.engine.repair import inspect_locked
 from shmcache.engine.shard import Shard
-from shmcache.engine.store import is_compiled
+from shmcache.engine.store import MAX_TTL_NS, is_compiled
 from shmcache.errors import (
     CacheNotFound,
     CorruptSegment,
@@ -123,10 +123,11 @@ class Attachment:
     def open(self, geometry: Geometry) -> None:
         """Make the parts that work on the segment; the header must be filled in."""
         self.geometry = geometry
-        self.ephemeral = bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
-        self.default_ttl_ns = load(self.words, layout.H_DEFAULT_TTL)
         self.registry = Registry(self.words, self.lock_fd, geometry.processes)
         self.member = Member(self.words, self.registry)
+        # Read once: what the header says later on may be nonsense.
+        self.ephemeral = bool(load(self.words, layout.H_FLAGS) & layout.FLAG_EPHEMERAL)
+        self.default_ttl_ns = load(self.words, layout.H_DEFAULT_TTL)
         self.secret = (load(self.words, layout.H_SECRET), load(self.words, layout.H_SECRET + 1))
         self.sleepers = [_sleeper(self.name, number) for number in range(geometry.shards)]
         self.guard = Guard(self.lock_fd)
@@ -642,6 +643,8 @@ def _read_geometry(header: memoryview, size: int, name: str) -> Geometry:
         )
     except (ValueError, OverflowError):
         sound = False
+    sound &= header[layout.H_FLAGS] <= layout.FLAG_COMPILED | layout.FLAG_EPHEMERAL
+    sound &= header[layout.H_DEFAULT_TTL] <= MAX_TTL_NS
     if not sound or geometry.eviction == "unknown" or size != geometry.file_bytes:
         raise CorruptSegment(
             f"the header of cache {name!r} does not describe its {size} bytes ({geometry}): it was truncated or "

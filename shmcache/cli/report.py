@@ -195,7 +195,7 @@ def identify(process: ProcessStats, holders: set[int] | None) -> Owner:
         if holders is not None and process.pid not in holders:
             return stranger
         words = " ".join(found.cmdline())
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, OverflowError):  # or what the segment says is no pid at all
         return Owner(None, "just ended, or of another pid namespace")
     except psutil.AccessDenied:
         return Owner(None, "not ours to look at")

@@ -4,7 +4,12 @@ cdef class Blocks:
     cdef unsigned long long header, log, bins, first, count
     cdef unsigned long long reserved
     cdef unsigned long long at(self, unsigned long long block) noexcept
+    cdef unsigned long long bytes_at(self, unsigned long long run) noexcept
     cdef unsigned long long length(self, unsigned long long run) noexcept
+    cdef unsigned long long used_length(self, unsigned long long run) noexcept
+    cdef unsigned long long free_length(self, unsigned long long run) noexcept
+    cdef bint is_marked_free(self, unsigned long long run) noexcept
+    cdef bint holds(self, unsigned long long run, unsigned long long size) noexcept
     cdef bint reserve(self, unsigned long long size) noexcept
     cdef bint drain(self) noexcept
     cdef void write(

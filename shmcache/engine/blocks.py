@@ -65,7 +65,7 @@ class Blocks:
             if not run:
                 return False
             run -= 1
-            length = self.length(run)
+            length = self.free_length(run)
             if length == 0:
                 return False
             if length > wanted:
@@ -84,7 +84,7 @@ class Blocks:
             if not run:
                 return True
             steps += 1
-            if run > self.count or steps > self.count:
+            if steps > self.count or not self.used_length(run - 1):
                 return False
             logged_store(self.words, self.log, self.header + S_LIMBO, low(load(self.words, self.at(run - 1))))
             self.release(run - 1)
@@ -97,7 +97,7 @@ class Blocks:
         """Write `size` bytes into the chain that begins with `run`, after its first `skip` bytes."""
         room: cython.ulonglong
         while size:
-            room = self.length(run)
+            room = self.used_length(run)
             if not room:
                 return
             room = room * BLOCK_BYTES - RUN_HEADER_BYTES
@@ -107,7 +107,7 @@ class Blocks:
                 room -= skip
                 if room > size:
                     room = size
-                if not copy_in(self.data, self.at(run) * 8 + RUN_HEADER_BYTES + skip, source, room):
+                if not copy_in(self.data, self.bytes_at(run) + skip, source, room):
                     return
                 source = advance(source, room)
                 size -= room
@@ -129,10 +129,10 @@ class Blocks:
         room: cython.ulonglong
         steps: cython.ulonglong = 0
         while size:
-            if run >= self.count or steps > self.count:
+            if steps > self.count:
                 return False
             steps += 1
-            room = self.length(run)
+            room = self.used_length(run)
             if not room:
                 return False
             room = room * BLOCK_BYTES - RUN_HEADER_BYTES
@@ -142,7 +142,7 @@ class Blocks:
                 room -= skip
                 if room > size:
                     room = size
-                if not copy(target, to, self.data, self.at(run) * 8 + RUN_HEADER_BYTES + skip, room):
+                if not copy(target, to, self.data, self.bytes_at(run) + skip, room):
                     return False
                 to += room
                 size -= room
@@ -159,16 +159,16 @@ class Blocks:
         room: cython.ulonglong
         steps: cython.ulonglong = 0
         while True:
-            if run >= self.count or steps > self.count:
+            if steps > self.count:
                 return False
             steps += 1
-            room = self.length(run)
+            room = self.used_length(run)
             if not room:
                 return False
             room = room * BLOCK_BYTES - RUN_HEADER_BYTES
             if room > size:
                 room = size
-            if not same_bytes(self.data, self.at(run) * 8 + RUN_HEADER_BYTES, other, room):
+            if not same_bytes(self.data, self.bytes_at(run), other, room):
                 return False
             size -= room
             if not size:
@@ -179,6 +179,20 @@ class Blocks:
                 return False
             run -= 1
 
+    def holds(self, run: cython.ulonglong, size: cython.ulonglong) -> bool:
+        """Whether the chain is long enough for `size` bytes: to be asked before taking memory for a copy of them."""
+        room: cython.ulonglong
+        while size:
+            room = self.used_length(run)
+            if not room:
+                return False
+            room = room * BLOCK_BYTES - RUN_HEADER_BYTES
+            if room >= size:
+                return True
+            size -= room
+            run = low(load(self.words, self.at(run))) - 1
+        return True
+
     # --- free runs --------------------------------------------------------------------------------------------------
     def find(self, length: cython.ulonglong) -> int:
         """A free run plus 1, 0 for none: at least `length` long if there is such a one, else of the longest bin."""
@@ -188,7 +202,7 @@ class Blocks:
             return load(self.words, self.bins + BIN_BITMAP_WORDS + bin)
         # No bin whose every run is long enough: the first of the own bin may be; else take pieces, longest first.
         run = load(self.words, self.bins + BIN_BITMAP_WORDS + self.bin_of(length))
-        if run and run <= self.count and self.length(run - 1) >= length:
+        if run and self.length(run - 1) >= length:
             return run
         if load(self.words, self.bins + 1):
             bin = 64 + highest_bit(load(self.words, self.bins + 1))
@@ -196,8 +210,7 @@ class Blocks:
             bin = highest_bit(load(self.words, self.bins))
         else:
             return 0
-        run = load(self.words, self.bins + BIN_BITMAP_WORDS + bin)
-        return run if run <= self.count else 0
+        return load(self.words, self.bins + BIN_BITMAP_WORDS + bin)
 
     def take(self, run: cython.ulonglong, length: cython.ulonglong) -> None:
         """Move the first `length` blocks of a free run to the front of limbo; the rest stays free."""
@@ -215,18 +228,19 @@ class Blocks:
         )
 
     def release(self, run: cython.ulonglong) -> None:
-        """Make a run free and merge it with its free neighbours."""
+        """Make a run that is not free so, and merge it with its free neighbours, where they prove to be free."""
         word: cython.ulonglong = load(self.words, self.at(run))
-        length: cython.ulonglong = high(word) & RUN_LENGTH_MASK
+        length: cython.ulonglong = self.used_length(run)
         after: cython.ulonglong = run + length
         freed: cython.ulonglong = length
+        more: cython.ulonglong = self.free_length(after)
         before: cython.ulonglong
-        if after < self.count and high(load(self.words, self.at(after))) & RUN_FREE:
+        if more:
             self.unlink(after)
-            length += self.length(after)
+            length += more
         if high(word) & RUN_AFTER_FREE:
             before = load(self.words, self.at(run) - 1)
-            if before < run:
+            if before < run and self.length(before) == run - before and self.is_marked_free(before):
                 self.unlink(before)
                 length += run - before
                 run = before
@@ -241,6 +255,8 @@ class Blocks:
         bin: cython.ulonglong = self.bin_of(length)
         head: cython.ulonglong = load(self.words, self.bins + BIN_BITMAP_WORDS + bin)
         word: cython.ulonglong = self.at(run)
+        if head and not self.is_marked_free(head - 1):
+            head = 0  # nonsense, behind which nothing can be found
         logged_store(self.words, self.log, word, pack(length | RUN_FREE, 0))
         logged_store(self.words, self.log, word + 1, pack(head, 0))
         logged_store(self.words, self.log, word + length * BLOCK_WORDS - 1, run)
@@ -259,12 +275,15 @@ class Blocks:
         after: cython.ulonglong = high(links)
         bin: cython.ulonglong = self.bin_of(self.length(run))
         word: cython.ulonglong
+        # A neighbour that is none may be an entry's run, whose bytes these would be.
         if after:
             word = self.at(after - 1) + 1
-            logged_store(self.words, self.log, word, with_low(load(self.words, word), before))
+            if self.is_marked_free(after - 1):
+                logged_store(self.words, self.log, word, with_low(load(self.words, word), before))
         if before:
             word = self.at(before - 1) + 1
-            logged_store(self.words, self.log, word, with_high(load(self.words, word), after))
+            if self.is_marked_free(before - 1):
+                logged_store(self.words, self.log, word, with_high(load(self.words, word), after))
             return
         logged_store(self.words, self.log, self.bins + BIN_BITMAP_WORDS + bin, after)
         if not after:
@@ -320,12 +339,31 @@ class Blocks:
     # --- words ------------------------------------------------------------------------------------------------------
     def at(self, block: cython.ulonglong) -> int:
         """The word index of a block."""
-        return self.first + block * BLOCK_WORDS
+        return record(self.first, BLOCK_WORDS, block, self.count)
+
+    def bytes_at(self, run: cython.ulonglong) -> int:
+        """Where the bytes of a run that has a length begin."""
+        return (self.first + run * BLOCK_WORDS) * 8 + RUN_HEADER_BYTES
 
     def length(self, run: cython.ulonglong) -> int:
-        """The length of a run, never past the end of the blocks."""
+        """The length of a run, never past the end of the blocks; 0 if it is none."""
         length: cython.ulonglong = high(load(self.words, self.at(run))) & RUN_LENGTH_MASK
-        return length if run < self.count and length <= self.count - run else 0
+        return length if length <= self.count - run else 0
+
+    def used_length(self, run: cython.ulonglong) -> int:
+        """The same for a run that is not free; 0 if it is, as the flag then makes the number too large."""
+        length: cython.ulonglong = high(load(self.words, self.first + run * BLOCK_WORDS)) & ~RUN_AFTER_FREE
+        return length if 0 <= run < self.count and length <= self.count - run else 0
+
+    def free_length(self, run: cython.ulonglong) -> int:
+        """The same for a run that is free, as both its ends say; otherwise 0."""
+        length: cython.ulonglong = self.length(run)
+        if length and self.is_marked_free(run) and load(self.words, self.at(run) + length * BLOCK_WORDS - 1) == run:
+            return length
+        return 0
+
+    def is_marked_free(self, run: cython.ulonglong) -> bool:
+        return high(load(self.words, self.at(run))) & RUN_FREE != 0
 
     def format_free(self) -> None:
         """Make all blocks one free run, without a log: only while the shard's state says that nothing here counts."""

@@ -43,9 +43,9 @@ class Lru:
         self.link_front(slot)
 
     def is_stale(self, slot: cython.ulonglong) -> bool:
-        """Whether a hit should move the slot to the front; may be asked without the lock."""
+        """Whether a hit should move the slot, which was just read, to the front; may be asked without the lock."""
         tick: cython.ulonglong = load(self.words, self.header + S_TICK)
-        return low(wrap(tick - high(load(self.words, self.at(slot) + E_PLACE)))) > self.limit
+        return low(wrap(tick - high(load(self.words, self.slots_at + slot * SLOT_WORDS + E_PLACE)))) > self.limit
 
     def on_hit(self, slot: cython.ulonglong) -> None:
         if low(load(self.words, self.header + S_ORDER)) != slot + 1:
@@ -61,7 +61,7 @@ class Lru:
 
     # --- the list ---------------------------------------------------------------------------------------------------
     def at(self, slot: cython.ulonglong) -> int:
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def link_front(self, slot: cython.ulonglong) -> None:
         ends: cython.ulonglong = load(self.words, self.header + S_ORDER)  # tail in the upper half, head in the lower

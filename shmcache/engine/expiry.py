@@ -78,7 +78,7 @@ class Wheel:
         level: cython.ulonglong = WHEEL_LEVELS - 1
         slot: cython.ulonglong
         expiry: cython.ulonglong
-        if hand == 0:  # a new wheel
+        if hand == 0 or hand > today + WHEEL_AHEAD:  # a new wheel, or nonsense
             hand = today
             store(self.words, self.header + S_HAND, hand)
         while hand <= today:  # a writer that waited for the lock may be late
@@ -131,7 +131,7 @@ class Wheel:
         return 0
 
     def at(self, slot: cython.ulonglong) -> int:
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def list_of(self, level: cython.ulonglong, tick: cython.ulonglong) -> int:
         """The word of the list that a level has for a tick."""

@@ -28,22 +28,23 @@ class Journal:
     """The undo log of one shard."""
 
     def __init__(
-        self, words: memoryview, header: int, log: int, slots_at: int, slots: int, region: tuple[int, int]
+        self, words: memoryview, header: int, log: int, slots_at: int, slots: int, bins: int, end: int
     ) -> None:
         self.words = words
         self.header = header
         self.log = log
         self.slots_at = slots_at
         self.slots = slots
-        self.region_start, self.region_end = region
+        self.bins = bins
+        self.end = end
 
     def at(self, slot: cython.ulonglong) -> int:
         """The word index of a slot."""
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def begin(self, slot: cython.ulonglong) -> None:
         """Announce that the contents of a slot change: readers of it wait, recovery knows which."""
-        stamp: cython.ulonglong = load(self.words, self.header + S_STAMP) + 2
+        stamp: cython.ulonglong = (load(self.words, self.header + S_STAMP) | 1) + 1
         store(self.words, self.header + S_STAMP, stamp)
         store(self.words, self.header + S_SUBJECT, slot + 1)
         store(self.words, self.at(slot) + E_VERSION, stamp - 1)
@@ -80,13 +81,21 @@ class Journal:
             used -= 1
             entry = self.log + L_ENTRIES + 2 * used
             word = load(self.words, entry)
-            if self.region_start <= word < self.region_end:
+            if self.is_logged(word):
                 store(self.words, word, load(self.words, entry + 1))
         store_release(self.words, self.log + L_USED, 0)
         subject = load(self.words, self.header + S_SUBJECT)
         if subject and subject <= self.slots:
-            stamp = load(self.words, self.header + S_STAMP) + 2
+            stamp = (load(self.words, self.header + S_STAMP) | 1) + 1
             store(self.words, self.header + S_STAMP, stamp)
             store_release(self.words, self.at(subject - 1) + E_VERSION, stamp)
         store(self.words, self.header + S_SUBJECT, 0)
         store_release(self.words, self.header + S_SEQUENCE, (load(self.words, self.header + S_SEQUENCE) | 1) + 1)
+
+    def is_logged(self, word: cython.ulonglong) -> bool:
+        """Whether a transaction may change this word: not the lock, no version, and nothing of another shard."""
+        if word < self.bins:
+            return word == self.header + S_LIMBO or self.header + S_TICK <= word < self.header + SHARD_WORDS
+        if word >= self.slots_at and word - self.slots_at < self.slots * SLOT_WORDS:
+            return (word - self.slots_at) % SLOT_WORDS != E_VERSION
+        return word < self.end

@@ -118,6 +118,7 @@ WHEEL_MASK = (1 << WHEEL_BITS) - 1
 WHEEL_FIRST = 0x8000_0000  # marks the number of a list
 ENDED = 0xFFFF_FFFF  # where a search of a timer list goes on once it has reached the end
 WHEEL_SHIFT = 30  # a tick is 2**30 ns, about a second
+WHEEL_AHEAD = 1 << 18  # ticks that the hand may be ahead of a writer who waited for the lock: three days
 
 # --- a slot ---------------------------------------------------------------------------------------------------------
 E_VERSION = 0  # odd while the contents change
@@ -149,6 +150,8 @@ RUN_AFTER_FREE = 0x8000_0000
 
 # --- limits ---------------------------------------------------------------------------------------------------------
 MAX_KEY_BYTES = 65_535
+STAMP_BITS = 62  # versions begin below 2**61, and never get there
+MAX_WAITERS = 1 << 16  # more threads never wait for one lock
 SPINS = 100  # looks at a held lock, 1 to 2 us, before a waiter sleeps
 PROBE_NS = 1_000_000  # how long one owner is watched before the kernel is asked whether it lives
 READ_ATTEMPTS = 8  # then a reader takes the lock

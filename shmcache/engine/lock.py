@@ -136,11 +136,13 @@ class Lock:
     def add_waiters(self, by: cython.int) -> bool:
         """Change the number of waiters, never below 0; whether that was done. Being wrong costs a wake-up, no more."""
         waiters: cython.ulonglong
+        after: cython.ulonglong
         _attempt: cython.int
         for _attempt in range(100):
             waiters = load(self.words, self.header + S_WAITERS)
             if by < 0 and not waiters:
                 return False
-            if compare_and_swap(self.words, self.header + S_WAITERS, waiters, wrap(waiters + by), self.guard):
+            after = wrap(waiters + by) if waiters < MAX_WAITERS else 0  # or nonsense would cost a wake-up each time
+            if compare_and_swap(self.words, self.header + S_WAITERS, waiters, after, self.guard):
                 return True
         return False

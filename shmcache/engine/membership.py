@@ -63,9 +63,8 @@ class Member:
         """Take a line of the process table; raises TooManyProcesses, or LockTimeout after `timeout` seconds."""
         self.registry.take_line(timeout)
         line: cython.ulonglong = self.registry.own_line
-        at: cython.ulonglong = self.registry.line(line)
-        self.counters = at + P_COUNTERS
-        self.owner = line << 48 | (load(self.words, at + P_GENERATION) & GENERATION_MASK)
+        self.counters = self.registry.line(line) + P_COUNTERS
+        self.owner = line << 48 | self.registry.own_generation
 
     def resign(self) -> None:
         """Give the line back: no lock can be taken in its name any more."""
@@ -91,7 +90,9 @@ class Registry:
         self.fd = fd
         self.processes = processes
         self.own_line = -1
+        self.own_generation = 0
         self._own_epoch = 0
+        self._inode = os.fstat(fd).st_ino
 
     def line(self, number: int) -> int:
         """The word index of a line of the table."""
@@ -109,18 +110,18 @@ class Registry:
         if process_epoch() != epoch:
             raise forked_within()  # the byte is the parent's
         at = self.line(line)
-        generation: cython.ulonglong = wrap(load(self.words, at + P_GENERATION) + 1)
-        if generation & GENERATION_MASK == 0:
-            generation += 1  # line 0 would have the owner id that says "free"
+        # Never 0: with line 0 it would be the id of nobody.
+        generation = (load(self.words, at + P_GENERATION) + 1) & GENERATION_MASK or 1
         store(self.words, at + P_GENERATION, generation)
         for counter in range(COUNTERS):
-            counted = load(self.words, at + P_COUNTERS + counter)
-            total = load(self.words, H_TOTALS + counter)
+            counted: cython.ulonglong = load(self.words, at + P_COUNTERS + counter)
+            total: cython.ulonglong = load(self.words, H_TOTALS + counter)
             store(self.words, H_TOTALS + counter, wrap(total + counted))
             store(self.words, at + P_COUNTERS + counter, 0)
         store(self.words, at + P_ATTACHED, time.time_ns())
         store(self.words, at + P_PID, os.getpid())
         self.own_line = line
+        self.own_generation = generation
         self._own_epoch = epoch
 
     def _lock_a_line(self) -> int:
@@ -157,7 +158,7 @@ class Registry:
         line, generation = owner >> 48, owner & GENERATION_MASK
         fd = self.fd
         try:
-            if os.fstat(fd).st_ino != load(self.words, H_LOCK_FILE):
+            if os.fstat(fd).st_ino != self._inode:
                 raise ValueError  # another file has the number now: its locks say nothing about this cache
             locked = is_byte_locked(fd, line) if line < self.processes else False
         except (OSError, ValueError):

@@ -13,6 +13,10 @@ cdef extern from * nogil:
     #define SHM_UNLIKELY(x) __builtin_expect(!!(x), 0)
     #define SHM_BARRIER() __asm__ __volatile__("" ::: "memory")
 
+    #define SHM_NOWHERE (1ULL << 60)
+    static inline shm_word shm_record(shm_word first, shm_word size, shm_word number, shm_word count) {
+        return number < count ? first + number * size : SHM_NOWHERE;
+    }
     static inline shm_word shm_load_at(const shm_word *w, shm_word n, shm_word i, int order) {
         if (SHM_UNLIKELY(i >= n)) return 0;
         return __atomic_load_n(w + i, order);
@@ -28,7 +32,7 @@ cdef extern from * nogil:
     static inline void shm_logged_at(shm_word *w, shm_word n, shm_word log, shm_word i, shm_word x) {
         shm_word used, entry;
         if (SHM_UNLIKELY(i >= n || log + 2 * SHM_LOG_ENTRIES >= n)) return;
-        used = w[log];
+        used = __atomic_load_n(w + log, __ATOMIC_RELAXED);  /* once: it may be another one when read again */
         if (SHM_UNLIKELY(used >= SHM_LOG_ENTRIES)) return;
         entry = log + 1 + 2 * used;
         w[entry] = i;
@@ -170,6 +174,9 @@ cdef extern from * nogil:
     void store "shm_store"(unsigned long long[::1] words, unsigned long long index, unsigned long long value) noexcept
     void store_release "shm_store_release"(
         unsigned long long[::1] words, unsigned long long index, unsigned long long value) noexcept
+    unsigned long long record "shm_record"(
+        unsigned long long first, unsigned long long size, unsigned long long number,
+        unsigned long long count) noexcept
     void logged_store "shm_logged_store"(
         unsigned long long[::1] words, unsigned long long log, unsigned long long index,
         unsigned long long value) noexcept

@@ -20,6 +20,7 @@ from shmcache.engine.layout import L_ENTRIES, LOG_ENTRIES
 ATOMIC_BYTE = (1 << 20) + 1  # of the lock file: held for a compare-and-swap
 MASK = 0xFFFF_FFFF_FFFF_FFFF
 HALF = 0xFFFF_FFFF
+NOWHERE = 1 << 60  # beyond every segment, as the index of a word and, times 8, of a byte
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -36,6 +37,11 @@ def store(words: memoryview, index: int, value: int) -> None:
 
 
 store_release = store_seq_cst = store
+
+
+def record(first: int, size: int, number: int, count: int) -> int:
+    """The word index of one of `count` records of `size` words; of no word at all for a number out of their range."""
+    return first + number * size if 0 <= number < count else NOWHERE
 
 
 def logged_store(words: memoryview, log: int, index: int, value: int) -> None:

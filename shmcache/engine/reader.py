@@ -56,7 +56,7 @@ class Reader:
 
     def at(self, slot: cython.ulonglong) -> int:
         """The word index of a slot."""
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def read(self, request: Request, now: cython.ulonglong) -> int:
         """Copy the value of the request's key: DONE, ABSENT, or BUSY after too many collisions."""
@@ -129,6 +129,8 @@ class Reader:
             if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
                 return DONE
             return CORRUPT
+        if not self.blocks.holds(run, request.key_size + request.value_size):
+            return CORRUPT
         request.room = request.value_size
         return NO_ROOM
 
@@ -155,7 +157,7 @@ class Reader:
             status = CORRUPT
         elif size > cython.cast(cython.ulonglong, len(request.scratch)):
             request.room = size
-            status = NO_ROOM
+            status = NO_ROOM if self.blocks.holds(run - 1, size) else CORRUPT
         elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
             status = CORRUPT
         fence_acquire()

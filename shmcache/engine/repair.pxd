@@ -22,6 +22,7 @@ cdef class Inspector:
     cdef void runs(self)
     cdef void bins(self)
     cdef void totals(self)
+    cdef bint stamp_is_sound(self)
     cdef void rebuild(self)
     cdef void rebuild_table(self)
     cdef void rebuild_lists(self)

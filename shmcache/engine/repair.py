@@ -84,6 +84,10 @@ class Inspector:
                 self.used_bytes += (high(sizes) & 0xFFFF) + low(sizes)
             if load(self.shard.words, self.shard.at(slot) + E_VERSION) & 1:
                 self.report(f"slot {slot}: its version is odd, though nobody is changing it")
+            elif load(self.shard.words, self.shard.at(slot) + E_VERSION) > load(
+                self.shard.words, self.shard.header + S_STAMP
+            ):
+                self.report(f"slot {slot}: its version has not been given to any slot yet")
 
     def is_sound(self, slot: cython.ulonglong) -> bool:
         """Whether a used slot describes an entry; if so its blocks are claimed."""
@@ -324,10 +328,16 @@ class Inspector:
         """The header's totals are those of the slots."""
         entries: cython.ulonglong = load(self.shard.words, self.shard.header + S_ENTRIES)
         used: cython.ulonglong = load(self.shard.words, self.shard.header + S_USED_BYTES)
+        if not self.stamp_is_sound():
+            self.report("the header's last version is odd, or higher than versions get")
         if entries != self.used:
             self.report(f"the header counts {entries} entries, the slots {self.used}")
         if used != self.used_bytes:
             self.report(f"the header counts {used} bytes of keys and values, the slots {self.used_bytes}")
+
+    def stamp_is_sound(self) -> bool:
+        stamp: cython.ulonglong = load(self.shard.words, self.shard.header + S_STAMP)
+        return stamp < bit(STAMP_BITS) and not stamp & 1
 
     # --- making it so -----------------------------------------------------------------------------------------------
     def rebuild(self) -> None:
@@ -349,7 +359,7 @@ class Inspector:
     def drop(self, slot: cython.ulonglong, why: str) -> None:
         """Free a slot that cannot be proved to hold an entry."""
         shard: Shard = self.shard
-        stamp: cython.ulonglong = load(shard.words, shard.header + S_STAMP) + 2
+        stamp: cython.ulonglong = (load(shard.words, shard.header + S_STAMP) | 1) + 1
         store(shard.words, shard.header + S_STAMP, stamp)
         store(shard.words, shard.at(slot) + E_VERSION, stamp - 1)  # no reader may begin while it still looks used
         fence_release()
@@ -367,9 +377,9 @@ class Inspector:
         for slot in range(shard.slots):
             store(shard.words, shard.table.buckets + slot, 0)
             version = load(shard.words, shard.at(slot) + E_VERSION)
-            if version < bit(62) and version > highest:
+            if version < bit(STAMP_BITS) and version > highest:
                 highest = version
-        if load(shard.words, shard.header + S_STAMP) < highest or load(shard.words, shard.header + S_STAMP) & 1:
+        if not self.stamp_is_sound() or load(shard.words, shard.header + S_STAMP) < highest:
             store(shard.words, shard.header + S_STAMP, (highest | 1) + 1)
         store(shard.words, shard.header + S_FREE_SLOT, 0)
         for slot in range(shard.slots):
@@ -439,14 +449,17 @@ class Inspector:
             store(shard.words, shard.header + S_ORDER, pack(before, used[0][1] + 1))
 
     def set_hand(self) -> None:
-        """Set the hand of the wheel to where it was, but no later than the first entry expires."""
+        """Set the hand of the wheel to where it was, but no later than now, and than the first entry expires."""
         shard: Shard = self.shard
         slot: cython.ulonglong
         tick: cython.ulonglong
+        today: cython.ulonglong = shard.now >> WHEEL_SHIFT
         hand: cython.ulonglong = load(shard.words, shard.header + S_HAND)
+        if hand == 0 or hand > today:
+            hand = today
         for slot in range(shard.slots):
             tick = load(shard.words, shard.at(slot) + E_EXPIRY) >> WHEEL_SHIFT
-            if tick and low(load(shard.words, shard.at(slot) + E_PLACE)) and (hand == 0 or tick < hand):
+            if tick and low(load(shard.words, shard.at(slot) + E_PLACE)) and tick < hand:
                 hand = tick
         store(shard.words, shard.header + S_HAND, hand)
 

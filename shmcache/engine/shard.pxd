@@ -11,6 +11,7 @@ from shmcache.engine.journal cimport Journal
 cdef class Shard:
     cdef unsigned long long[::1] words
     cdef unsigned long long header, log, slots_at, slots
+    cdef unsigned long long now
     cdef unsigned long long share, max_entries, max_entry, first_header, stride, shards
     cdef readonly unsigned long long secret0, secret1
     cdef dict mutexes
@@ -33,7 +34,7 @@ cdef class Shard:
     cdef int enter(self, unsigned long long timeout_ns) except -1
     cdef int leave(self) except -1
     cdef object mutex(self)
-    cdef list inspect(self, bint rebuild, unsigned long long timeout_ns)
+    cdef list inspect(self, bint rebuild, unsigned long long now, unsigned long long timeout_ns)
     # operations
     cdef int perform_locked(self, Request request, unsigned long long now) noexcept
     cdef unsigned long long find_locked(self, Request request) noexcept

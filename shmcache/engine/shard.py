@@ -81,15 +81,14 @@ class Shard:
         self.secret0, self.secret1 = secret
         self.member = member
         self.inspect_locked = inspect_locked
+        self.now = 0  # when the last operation of this process began
         self.mutexes: dict[int, Mutex] = {}  # one a process: a fork may leave a locked one behind
         self.table = Table(words, region.header, region.log, region.buckets, region.slots, geometry.slots)
         self.blocks = Blocks(words, data, region.header, region.log, region.bins, region.blocks, geometry.blocks)
         self.order = Lru(words, region.header, region.log, region.slots, geometry.slots)
         self.wheel = Wheel(words, region.header, region.log, region.wheel, region.slots, geometry.slots)
         self.lock = Lock(words, region.header, member, sleeper, guard)
-        self.journal = Journal(
-            words, region.header, region.log, region.slots, geometry.slots, (region.header, region.end)
-        )
+        self.journal = Journal(words, region.header, region.log, region.slots, geometry.slots, region.bins, region.end)
         self.reader = Reader(
             words,
             region.header,
@@ -103,10 +102,11 @@ class Shard:
 
     def at(self, slot: cython.ulonglong) -> int:
         """The word index of a slot."""
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def promote(self, request: Request) -> int:
         """Record a hit in the eviction order, unless somebody else has the lock: recency is not worth waiting for."""
+        self.now = request.now
         if cython.compiled:
             if self.lock.try_acquire():
                 if not self.is_dirty():  # recovery is left to a writer
@@ -145,6 +145,7 @@ class Shard:
         The number of the first that is not done: because something must be done without the lock first (its status is
         NO_ROOM or FULL), or because others have waited long enough. Raises LockTimeout.
         """
+        self.now = now
         if cython.compiled:
             self.enter(timeout_ns)
             start = self.run_locked(requests, start, now)
@@ -179,8 +180,9 @@ class Shard:
                 return number
         return end
 
-    def inspect(self, rebuild: bool, timeout_ns: cython.ulonglong) -> list[str]:
+    def inspect(self, rebuild: bool, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> list[str]:
         """Take the lock, then check or rebuild (`repair.py`); what was found wrong or dropped."""
+        self.now = now
         if cython.compiled:
             self.enter(timeout_ns)
             try:
@@ -205,6 +207,7 @@ class Shard:
 
     def run_one(self, request: Request, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
         """Take the lock and perform one request; its status. Raises LockTimeout."""
+        self.now = now
         if cython.compiled:
             self.enter(timeout_ns)
             request.status = self.perform_locked(request, now)
@@ -344,6 +347,8 @@ class Shard:
         else:
             while self.is_full_locked():
                 entries = load(self.words, self.header + S_ENTRIES)
+                if entries > self.slots:
+                    return CORRUPT
                 if entries == 0 or entries * 2 < self.share:
                     return FULL
                 if not self.evict_locked(now):
@@ -449,8 +454,8 @@ class Shard:
         word: cython.ulonglong = self.at(slot)
         sizes: cython.ulonglong = load(self.words, word + E_SIZES)
         sequence: cython.ulonglong = load(self.words, self.header + S_SEQUENCE)
-        if slot >= self.slots:
-            return CORRUPT
+        if not low(load(self.words, word + E_PLACE)):
+            return CORRUPT  # so every removal makes a used slot a free one, and no number of them is endless
         store(self.words, self.header + S_SEQUENCE, sequence | 1)
         self.journal.begin(slot)
         if not self.table.unlink(slot):
@@ -553,6 +558,8 @@ class Shard:
             number = 1 if mark >= 0xD4 else 1 + (1 << (mark - 0xC7))
             return OUT_OF_RANGE if read_number(request.small, HEAD_AT + number, 1) == BIG_INT else NOT_A_NUMBER
         if mark < 0xCC or mark > 0xD3:
+            return NOT_A_NUMBER
+        if size != 1 + bit((mark - 0xCC) & 3):
             return NOT_A_NUMBER
         number = read_number(request.small, HEAD_AT + 1, size - 1)
         bits = (size - 1) * 8

@@ -460,7 +460,7 @@ class Store:
         total: cython.ulonglong = 0
         shard: Shard
         for shard in self.shards:
-            total += load(shard.words, shard.header + S_ENTRIES)
+            total += min(load(shard.words, shard.header + S_ENTRIES), shard.slots)
         return total
 
     def _scan(self, position: int, count: int, values: bool) -> tuple[list[tuple[Any, Any]], int | None]:
@@ -525,9 +525,9 @@ class Store:
 
     def _inspect(self, number: int, rebuild: bool) -> list[str]:
         """What `repair.py` says of a shard."""
-        self.now()
+        now: cython.ulonglong = self.now()
         shard: Shard = self.shard_at(number)
-        return shard.inspect(rebuild, self.timeout_ns)
+        return shard.inspect(rebuild, now, self.timeout_ns)
 
     # --- the way of an operation ------------------------------------------------------------------------------------
     def now(self) -> int:

@@ -37,7 +37,7 @@ class Table:
 
     def at(self, slot: cython.ulonglong) -> int:
         """The word index of a slot."""
-        return self.slots_at + slot * SLOT_WORDS
+        return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
     def bucket_of(self, hash: cython.ulonglong) -> int:
         """The word index of the bucket: the lower half of the hash scaled to the number of buckets, one per slot."""
@@ -91,7 +91,7 @@ class Table:
         """
         slot: cython.ulonglong
         word: cython.ulonglong
-        stamp: cython.ulonglong = load(self.words, self.header + S_STAMP) + 2
+        stamp: cython.ulonglong = (load(self.words, self.header + S_STAMP) | 1) + 1
         store(self.words, self.header + S_STAMP, stamp)
         for slot in range(self.slots):
             word = self.at(slot)

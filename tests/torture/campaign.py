@@ -39,6 +39,7 @@ NAMES = (
     "churn",
     "lock_model",
     "unlinked",
+    "hostile",
 )
 SILENCE = 120.0  # seconds without a word after which a part is taken to hang
 REPORT = 0.25  # seconds between two words
