@@ -113,7 +113,8 @@ def test_without_a_line_it_cannot_be_taken(bench: Bench) -> None:
     bench.member.owner = 0
     assert not bench.lock.try_acquire()
     assert bench.holder == 0
-    with pytest.raises(CacheClosed, match="another thread"):
+    message = "^the cache was closed by another thread while this one waited for a lock$"
+    with pytest.raises(CacheClosed, match=message):
         bench.lock.acquire(FOREVER)
     assert bench.sleeper.sleeps == 0
 
@@ -373,6 +374,7 @@ def join(cache: Cache) -> int:
 
 
 def test_who_lives_is_known_by_byte_and_generation(make_cache: Callable[..., Cache]) -> None:
+    """And whose lock one gave up waiting for is told by a pid."""
     cache = make_cache(max_bytes="64KB", max_entries=4, shards=1)
     words, registry = cache.attachment.words, cache.attachment.member.registry
     header = cache.attachment.geometry.region(0).header
@@ -393,6 +395,9 @@ def test_who_lives_is_known_by_byte_and_generation(make_cache: Callable[..., Cac
     assert not registry.is_alive(cache.attachment.member.owner + 1)
     assert not registry.is_alive(registry.processes << 48 | 1)  # a line that is not there
     assert set(registry.live_lines()) == {registry.own_line, owner >> 48}
+    waiting = cache.attachment.shards[0].lock
+    waiting.waited_for = owner
+    assert waiting.holder_pid() == child.pid
     gate.open()
     assert child.wait() == 0
     assert not registry.is_alive(owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -11,7 +12,7 @@ import pytest
 
 from shmcache import Cache, ShmcacheError, is_compiled
 from shmcache.engine import layout, repair, table
-from shmcache.engine.primitives import load, pack, store
+from shmcache.engine.primitives import key_hash, load, pack, store
 from tests.conftest import Clock
 
 ENTRIES = 60
@@ -325,6 +326,50 @@ def run_that_an_entry_has_and_is_free(small: Small) -> list[str]:
 
 
 @damage
+def a_second_run_that_has_no_length(small: Small) -> list[str]:
+    """Though with the third there would be room enough."""
+    small.change(small.slot(1, layout.E_SIZES), 60 - 3)
+    small.change(small.block(1), 7 + 1)
+    small.write(small.block(7), 8 + 1)
+    small.write(small.block(8), LINK)
+    return [CONTRADICTS, UNCLAIMED, "the header counts 162 bytes of keys and values, the slots 219"]
+
+
+@damage
+def a_chain_that_ends_in_the_run_of_another(small: Small) -> list[str]:
+    """All of its own runs are given up, and not that one."""
+    small.change(small.slot(1, layout.E_SIZES), 200 - 3)
+    small.change(small.block(1), 8 + 1)
+    small.write(small.block(8), LINK | 0 + 1)
+    return [CONTRADICTS, UNCLAIMED, "the header counts 162 bytes of keys and values, the slots 359"]
+
+
+@damage
+def other_key_bytes_before_the_run_of_another(small: Small) -> list[str]:
+    """It has claimed both runs before its key is looked at; the other one's is free again for its owner."""
+    small.change(small.slot(1, layout.E_SIZES), 60 - 3)
+    small.change(small.block(1), 3 + 1)
+    small.change(small.block(1, 1), 1)
+    return [CONTRADICTS, UNCLAIMED, "the header counts 162 bytes of keys and values, the slots 219"]
+
+
+@damage
+def a_run_more_than_the_value_fills(small: Small) -> list[str]:
+    """The first holds it to the last byte."""
+    small.change(small.slot(1, layout.E_SIZES), 53)
+    small.change(small.block(1), FREE_AT + 1)
+    small.write(small.block(FREE_AT + 1 - 1), LINK)
+    return [
+        CONTRADICTS,
+        UNCLAIMED,
+        f"block {FREE_AT}: its run is neither free nor an entry's",
+        f"block {FREE_AT + 1}: the run that begins here has no length",
+        f"block {FREE_AT}: it is in bin {small.free_bin()} wrongly, or not linked back",
+        "the header counts 162 bytes of keys and values, the slots 215",
+    ]
+
+
+@damage
 def more_runs_than_the_value_takes(small: Small) -> list[str]:
     small.change(small.block(1), FREE_AT + 1)
     return [CONTRADICTS, UNCLAIMED]
@@ -534,8 +579,25 @@ def expiry_before_its_list_comes_up(small: Small) -> list[str]:
 @damage
 def expiry_after_its_list_comes_up(small: Small) -> list[str]:
     """It is looked at too early, and dealt out again."""
-    small.write(small.slot(1, layout.E_EXPIRY), small.now + 1000 * 10**9)
+    small.write(small.slot(1, layout.E_EXPIRY), small.now + 200 * 10**9)
     return []
+
+
+@damage
+def hand_before_a_list_that_is_not_dealt_out_yet(small: Small) -> list[str]:
+    """As it stands between two looks at the list: it has come up, and its entries would go elsewhere now."""
+    tick = small.read(small.slot(1, layout.E_EXPIRY)) >> layout.WHEEL_SHIFT
+    small.write(small.header(layout.S_HAND), tick >> layout.WHEEL_BITS << layout.WHEEL_BITS)
+    return []
+
+
+@damage
+def hand_beyond_a_list(small: Small) -> list[str]:
+    tick = small.read(small.slot(1, layout.E_EXPIRY)) >> layout.WHEEL_SHIFT
+    small.write(
+        small.header(layout.S_HAND), (tick >> layout.WHEEL_BITS << layout.WHEEL_BITS) + (1 << layout.WHEEL_BITS)
+    )
+    return ["slot 3: it is in timer list 49 wrongly, or not linked back"]
 
 
 @damage
@@ -651,3 +713,219 @@ def test_check_says_what_is_wrong_and_repair_mends_it(small: Small, make: Damage
     assert small.cache.check() == []
     assert len(dropped) == used - len(small.cache)
     assert small.cache.repair() == []
+
+
+def test_a_kind_of_key_that_is_none_is_wrong_whatever_its_hash(small: Small) -> None:
+    sizes = small.read(small.slot(1, layout.E_SIZES))
+    for kind in (0, layout.KEY_PACKED + 1):
+        small.write(small.slot(1, layout.E_SIZES), sizes & 0xFFFF_FFFF_FFFF | kind << 48)
+        small.write(small.slot(1, layout.E_HASH), key_hash(b"b", 1, kind, *small.cache.attachment.secret))
+        assert f"shard 0: {CONTRADICTS}" in small.cache.check()
+
+
+def test_an_entry_in_pieces_up_to_the_last_block_is_sound(small: Small) -> None:
+    fill = (FREE - 1) * layout.BLOCK_BYTES - layout.RUN_HEADER_BYTES - 4
+    small.cache.set("e", "x" * fill)
+    small.cache.delete("b")
+    small.cache.set("f", "y" * 90)
+    assert small.read(small.header(layout.S_FREE_BLOCKS)) == 0
+    assert small.cache.check() == []
+    expected = {"a": "x", "c": "x", "d": "x" * 150, "e": "x" * fill, "f": "y" * 90}
+    assert contents(small.cache) == expected
+    for _ in range(2):
+        assert small.cache.repair() == []
+        assert small.cache.check() == []
+        assert contents(small.cache) == expected
+
+
+def test_no_more_than_a_hundred_problems_are_told(make_cache: Callable[..., Cache]) -> None:
+    cache = make_cache(max_bytes="64KB", max_entries=120, shards=1)
+    region = cache.attachment.geometry.region(0)
+    for slot in range(120):
+        store(cache.attachment.words, region.slots + slot * layout.SLOT_WORDS, 1)
+    assert len(cache.check()) == 100
+    cache.repair()
+
+
+def test_repair_of_one_shard_touches_no_other(make_cache: Callable[..., Cache]) -> None:
+    cache = make_cache(max_bytes="128KB", max_entries=8, shards=2)
+    for number in range(8):
+        cache.set(number, "x" * 3000)
+    geometry = cache.attachment.geometry
+    before = bytes(cache.attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
+    header = bytes(cache.attachment.data[: layout.HEADER_WORDS * 8])
+    cache._inspect(0, True)
+    lock_and_waiters = 2 * 8
+    after = bytes(cache.attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
+    assert after[lock_and_waiters:] == before[lock_and_waiters:]
+    assert bytes(cache.attachment.data[: layout.HEADER_WORDS * 8]) == header
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_as_it_was(small: Small, enabled: bool) -> None:
+    """It does not run while the lock is held: a finalizer that it calls may want the lock."""
+    try:
+        if not enabled:
+            gc.disable()
+        small.cache.check()
+        assert gc.isenabled() is enabled
+        small.cache.repair()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
+# --- each thing that `repair` does ----------------------------------------------------------------------------------
+def test_the_words_of_a_recovery_are_cleared(small: Small) -> None:
+    """A rebuild that died left them; the next owner of the lock begins it again."""
+    for field in (layout.S_SUBJECT, layout.S_LIMBO):
+        small.write(small.header(field), 2)
+    small.write(small.header(layout.S_STATE), layout.STATE_REPAIRING)
+    small.write(small.region.log, 5)
+    sequence = small.read(small.header(layout.S_SEQUENCE))
+    assert small.cache.delete("nothing") is False
+    for field in (layout.S_SUBJECT, layout.S_LIMBO, layout.S_STATE):
+        assert small.read(small.header(field)) == 0
+    assert small.read(small.region.log) == 0
+    assert small.read(small.header(layout.S_SEQUENCE)) == (sequence | 1) + 1
+    assert small.cache.check() == []
+    assert len(small.cache) == 4
+
+
+@pytest.mark.parametrize("sequence", [40, 41, 43, 44])
+def test_the_sequence_moves_forward_and_is_even_again(small: Small, sequence: int) -> None:
+    small.write(small.header(layout.S_STATE), layout.STATE_REPAIRING)
+    small.write(small.header(layout.S_SEQUENCE), sequence)
+    small.cache.delete("nothing")
+    assert small.read(small.header(layout.S_SEQUENCE)) == (sequence | 1) + 1
+
+
+@pytest.mark.parametrize(
+    ("stamp", "version", "comes_to", "version_then"),
+    [
+        (100, 98, 100, 98),
+        (100, 100, 100, 100),
+        (100, 99, 102, 102),  # odd: somebody died while he changed it
+        (100, 104, 106, 104),  # versions must not come again
+        (100, 107, 110, 110),
+        (101, 98, 100, 98),  # a stamp that is odd follows the highest version
+        (101, 104, 106, 104),
+        (100, 1 << 62, 102, 102),  # a version that nothing leads to is given another
+        (100, (1 << 62) + 4, 102, 102),
+        (100, (1 << 64) - 2, 102, 102),
+    ],
+)
+def test_versions_move_forward(small: Small, stamp: int, version: int, comes_to: int, version_then: int) -> None:
+    for slot in range(SLOTS):
+        small.write(small.slot(slot, layout.E_VERSION), 98)
+    small.write(small.slot(2, layout.E_VERSION), version)
+    small.write(small.header(layout.S_STAMP), stamp)
+    assert small.cache.repair() == []
+    assert small.read(small.header(layout.S_STAMP)) == comes_to
+    assert small.read(small.slot(2, layout.E_VERSION)) == version_then
+    assert small.read(small.slot(1, layout.E_VERSION)) == 98
+    assert small.cache.gets("c") == ("x", version_then)
+
+
+def test_a_second_slot_of_the_same_key_is_dropped(small: Small) -> None:
+    """With a run of its own, so that only the key tells; nothing of the first is touched."""
+    for field in (layout.E_HASH, layout.E_SIZES):
+        small.write(small.slot(4, field), small.read(small.slot(1, field)))
+    small.write(small.slot(4, layout.E_PLACE), 8 + 1)
+    small.write(small.block(8), LINK)
+    small.write(small.block(8, 1), small.read(small.block(1, 1)))
+    assert small.cache.repair() == ["shard 0: slot 4 was dropped: another slot has the same key"]
+    assert small.cache.check() == []
+    assert sorted(small.cache) == ["a", "b", "c", "d"]
+    assert small.read(small.header(layout.S_FREE_BLOCKS)) == FREE
+
+
+def test_of_several_keys_in_one_bucket_none_is_taken_for_another(make_cache: Callable[..., Cache]) -> None:
+    """And a second slot of any of them is found, wherever it is in the chain."""
+    for place in range(3):
+        cache = make_cache(max_bytes="48KB", max_entries=4, shards=1)
+        words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+        key_of: dict[int, list[str]] = {}
+        for number in range(100):
+            hash = key_hash(str(number).encode(), len(str(number)), layout.KEY_TEXT, *cache.attachment.secret)
+            key_of.setdefault((hash & 0xFFFF_FFFF) * 4 >> 32, []).append(str(number))
+        keys = next(keys for keys in key_of.values() if len(keys) >= 3)[:3]
+        for key in keys:
+            cache.set(key, "x")
+        assert cache.repair() == []
+        assert sorted(cache) == sorted(keys)
+        slots = [region.slots + slot * layout.SLOT_WORDS for slot in range(4)]
+        for field in (layout.E_HASH, layout.E_SIZES):
+            store(words, slots[3] + field, load(words, slots[place] + field))
+        store(words, slots[3] + layout.E_PLACE, 9)
+        for word in range(2):
+            old = region.blocks + place * layout.BLOCK_WORDS + word
+            store(words, region.blocks + 8 * layout.BLOCK_WORDS + word, load(words, old))
+        assert cache.repair() == ["shard 0: slot 3 was dropped: another slot has the same key"]
+        assert sorted(cache) == sorted(keys)
+
+
+def test_the_order_is_that_of_the_ticks_which_wrap(small: Small) -> None:
+    small.write(small.header(layout.S_TICK), 3)
+    for slot, tick in enumerate((0xFFFF_FFFE, 1, 0xFFFF_FFFF, 2)):
+        place = small.read(small.slot(slot, layout.E_PLACE))
+        small.write(small.slot(slot, layout.E_PLACE), pack(tick, place & 0xFFFF_FFFF))
+    assert small.cache.repair() == []
+    found, slot = [], small.read(small.header(layout.S_ORDER)) & 0xFFFF_FFFF
+    while slot:
+        found.append(slot - 1)
+        slot = small.read(small.slot(slot - 1, layout.E_ORDER)) >> 32
+    assert found == [3, 1, 2, 0]  # the most recently used first
+
+
+@pytest.mark.parametrize(("hand", "comes_to"), [(0, 500), (1, 1), (499, 499), (500, 500), (501, 500), (10**9, 500)])
+def test_the_hand_is_where_it_was_but_before_all_that_expires(small: Small, hand: int, comes_to: int) -> None:
+    small.write(small.header(layout.S_HAND), hand)
+    small.write(small.slot(1, layout.E_EXPIRY), 500 << layout.WHEEL_SHIFT | 7)
+    small.write(small.slot(3, layout.E_EXPIRY), 600 << layout.WHEEL_SHIFT)
+    small.write(small.slot(6, layout.E_EXPIRY), 1 << layout.WHEEL_SHIFT)  # a free slot: what was there counts no more
+    assert small.cache.repair() == []
+    assert small.read(small.header(layout.S_HAND)) == comes_to
+
+
+def test_the_hand_of_a_wheel_that_nothing_is_in_stays(small: Small) -> None:
+    for key in "bd":
+        small.cache.touch(key, None)
+    small.write(small.header(layout.S_HAND), 0)
+    assert small.cache.repair() == []
+    assert small.read(small.header(layout.S_HAND)) == 0
+
+
+@pytest.mark.skipif(is_compiled(), reason="steps through the sources")
+def test_readers_and_owners_to_come_know_of_a_rebuild_from_the_first_store_to_the_last(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a dropped slot held is gone before its version is even again."""
+    stores: list[tuple[int, int]] = []
+    known: list[bool] = []
+    sequence, stamp = small.header(layout.S_SEQUENCE), small.read(small.header(layout.S_STAMP))
+
+    def watched(words: memoryview, index: int, value: int) -> None:
+        stores.append((index, value))
+        known.append(load(words, sequence) & 1 == 1 and load(words, small.header(layout.S_STATE)) == 2)
+        store(words, index, value)
+
+    for name in ("store", "store_release"):
+        monkeypatch.setattr(repair, name, watched)
+    small.change(small.slot(1, layout.E_HASH), 1)
+    place = small.read(small.slot(1, layout.E_PLACE))
+    before = small.read(sequence)
+    assert small.cache.repair() == [
+        "shard 0: slot 1 was dropped: its key, its sizes or its runs contradicted each other"
+    ]
+    assert stores[:2] == [(sequence, before | 1), (small.header(layout.S_STATE), layout.STATE_REPAIRING)]
+    assert stores[-2:] == [(small.header(layout.S_STATE), layout.STATE_READY), (sequence, (before | 1) + 1)]
+    assert all(known[2:-1])
+    assert {value for index, value in stores if index == small.region.log} == {0}
+    dropping = [(small.slot(1, layout.E_VERSION), stamp + 1), (small.slot(1, layout.E_PLACE), place >> 32 << 32)]
+    at = stores.index(dropping[0])
+    assert stores[at - 1 : at + 3] == [
+        (small.header(layout.S_STAMP), stamp + 2),
+        *dropping,
+        (small.slot(1, layout.E_VERSION), stamp + 2),
+    ]

@@ -148,11 +148,9 @@ class Inspector:
         size: cython.ulonglong = high(sizes) & 0xFFFF
         key = memoryview(bytearray(size + 1))
         run: cython.ulonglong = low(load(self.shard.words, self.shard.at(slot) + E_PLACE)) - 1
-        if not self.shard.blocks.read(run, 0, key, 0, size):
-            return False
-        return key_hash(pointer(key, 0, size), size, high(sizes) >> 16, self.shard.secret0, self.shard.secret1) == load(
-            self.shard.words, self.shard.at(slot) + E_HASH
-        )
+        return self.shard.blocks.read(run, 0, key, 0, size) and key_hash(
+            pointer(key, 0, size), size, high(sizes) >> 16, self.shard.secret0, self.shard.secret1
+        ) == load(self.shard.words, self.shard.at(slot) + E_HASH)
 
     # --- what follows from the slots --------------------------------------------------------------------------------
     def buckets(self) -> None:
