@@ -99,8 +99,9 @@ def test_it_is_taken_once_and_given_back(bench: Bench) -> None:
     assert bench.lock.try_acquire()
     assert bench.holder == bench.member.owner
     assert not bench.lock.try_acquire()
-    bench.lock.release()
+    assert bench.lock.release() == 0
     assert bench.holder == 0
+    assert bench.lock.waited_for == 0
     assert bench.lock.acquire(0)
     assert bench.holder == bench.member.owner
     bench.lock.release()

@@ -451,7 +451,7 @@ class Inspector:
     def rebuild_runs(self) -> None:
         """Make every block that no entry claims free, and tell each run about the one before."""
         shard: Shard = self.shard
-        run: cython.ulonglong = 0
+        run: cython.ulonglong
         length: cython.ulonglong
         total: cython.ulonglong = 0
         word: cython.ulonglong
