@@ -80,7 +80,7 @@ class Lock:
         _spin: cython.int
         taken: cython.bint = False
         woken: cython.bint
-        while not taken:
+        while True:
             if not self.member.owner:
                 raise CacheClosed("the cache was closed by another thread while this one waited for a lock")
             for _spin in range(SPINS):
