@@ -170,6 +170,38 @@ def tests(session: nox.Session, mode: str) -> None:
     session.run("pytest", *spread, *repeated, *session.posargs, env=env)
 
 
+COVERING = ("contract", "distrust", "errors", "expiry", "faults", "journal", "lock", "repair")
+# Other shapes of the cache come by the same lines, and these tests take long when each line is counted.
+NOT_COVERING = ("many_shards", "tiny", "large", "odd_size", "tenth_of_the_entries", "many_small_writes")
+
+
+@nox.session(python=PYTHONS[0])
+def coverage(session: nox.Session) -> None:
+    """Every line and branch of the engine's sources is run by a chosen part of the tests, or says why not.
+
+    Without Cython, so that what stands in for it is run, too. Arguments after `--` go to pytest.
+    """
+    session.install("-e", ".[test]", *tools("coverage"), env={"SHMCACHE_PURE": "1"})
+    env = {"SHMCACHE_PURE": "1", "COVERAGE_FILE": str(Path(session.create_tmp(), "coverage").resolve())}
+    session.run("coverage", "erase", env=env)
+    files = [f"tests/test_{name}.py" for name in COVERING]
+    spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
+    chosen = " and ".join(f"not {name}" for name in NOT_COVERING)
+    session.run("coverage", "run", "-m", "pytest", *spread, "-k", chosen, *files, *session.posargs, env=env)
+    session.run("coverage", "combine", "--quiet", env=env)
+    session.run("coverage", "report", "--include=shmcache/engine/*", "--fail-under=100", env=env)
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """The tests of the lock, the journal, the table and the repair notice nearly every change of these; 20 minutes.
+
+    Arguments after `--` go to it: `--help` says more.
+    """
+    session.install("-e", ".[test]", *tools("mutmut"), env={"SHMCACHE_PURE": "1"})
+    session.run("python", "-m", "tests.mutation", *session.posargs)
+
+
 @nox.session
 def sanitize(session: nox.Session) -> None:
     """Tests with the engine built for AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources.

@@ -84,7 +84,7 @@ class Lock:
         taken: cython.bint = False
         woken: cython.bint
         epoch: cython.ulonglong = process_epoch()
-        while not taken:
+        while True:
             if process_epoch() != epoch:
                 raise forked_within()  # by a signal handler, while this slept
             if not self.member.owner:

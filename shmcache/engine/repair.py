@@ -152,11 +152,9 @@ class Inspector:
         size: cython.ulonglong = high(sizes) & 0xFFFF
         key = memoryview(bytearray(size + 1))
         run: cython.ulonglong = low(load(self.shard.words, self.shard.at(slot) + E_PLACE)) - 1
-        if not self.shard.blocks.read(run, 0, key, 0, size):
-            return False
-        return key_hash(pointer(key, 0, size), size, high(sizes) >> 16, self.shard.secret0, self.shard.secret1) == load(
-            self.shard.words, self.shard.at(slot) + E_HASH
-        )
+        return self.shard.blocks.read(run, 0, key, 0, size) and key_hash(
+            pointer(key, 0, size), size, high(sizes) >> 16, self.shard.secret0, self.shard.secret1
+        ) == load(self.shard.words, self.shard.at(slot) + E_HASH)
 
     # --- what follows from the slots --------------------------------------------------------------------------------
     def buckets(self) -> None:
@@ -466,7 +464,7 @@ class Inspector:
     def rebuild_runs(self) -> None:
         """Make every block that no entry claims free, and tell each run about the one before."""
         shard: Shard = self.shard
-        run: cython.ulonglong = 0
+        run: cython.ulonglong
         length: cython.ulonglong
         total: cython.ulonglong = 0
         word: cython.ulonglong

@@ -139,7 +139,7 @@ class Store:
         self.shards = []
 
     def _reattach(self, old: Any) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # pragma: no cover - for a subclass to provide
 
     # --- reading ----------------------------------------------------------------------------------------------------
     def get(self, key: object, default: Any = None) -> Any:

@@ -1,0 +1,458 @@
+"""What an operation does where the segment holds nonsense, or where something is taken from it half way.
+
+Nothing here can happen to a cache that only this package writes to. Each test is about one place in the engine that
+does not trust what it reads; on the sources, where that place can be reached by itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from shmcache import Cache, CacheClosed, CorruptSegment, LockTimeout, SerializationError, ValueTooLarge, is_compiled
+from shmcache.engine import bytelock, layout, reader
+from shmcache.engine.blocks import Blocks
+from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
+from shmcache.engine.primitives import copy, copy_in, load, pack, store, write_number
+from shmcache.engine.request import Request, _below_4_gib
+from shmcache.engine.store import CLOSED, DEFAULT
+from tests.conftest import Clock
+from tests.processes import Child, Gate, until
+
+pytestmark = pytest.mark.skipif(is_compiled(), reason="reaches into the sources")
+
+SLOTS = 8
+NOWHERE = 0xFFFF_FFF0  # a block that there is not
+
+
+class Bench:
+    """A shard of eight slots with the entries `a` in slot and block 0, and `b` in slot and block 1, which expires."""
+
+    def __init__(self, cache: Cache, clock: Clock) -> None:
+        self.cache = cache
+        self.clock = clock
+        self.words = cache.attachment.words
+        self.region = cache.attachment.geometry.region(0)
+        self.shard: Any = cache.attachment.shards[0]
+        self.blocks: Any = self.shard.blocks
+        self.count = cache.attachment.geometry.blocks
+        cache.set("a", "value of a")
+        cache.set("b", "value of b", 60)
+
+    def header(self, field: int, value: int) -> None:
+        store(self.words, self.region.header + field, value)
+
+    def slot(self, slot: int, field: int, value: int) -> None:
+        store(self.words, self.region.slots + slot * layout.SLOT_WORDS + field, value)
+
+    def read_slot(self, slot: int, field: int) -> int:
+        return load(self.words, self.region.slots + slot * layout.SLOT_WORDS + field)
+
+    def block(self, block: int, value: int, word: int = 0) -> None:
+        store(self.words, self.region.blocks + block * BLOCK_WORDS + word, value)
+
+
+@pytest.fixture
+def bench(make_cache: Callable[..., Cache], clock: Clock) -> Iterator[Bench]:
+    bench = Bench(make_cache(max_bytes="48KB", max_entries=SLOTS, shards=1, clock=clock), clock)
+    yield bench
+    bench.cache.repair()
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+def test_a_key_may_be_in_pieces(bench: Bench) -> None:
+    """Free memory is a block here and there, so that key and value begin a new run in their midst."""
+    keys = [f"{number}" for number in range(4)]
+    room = (bench.count - 2 - 4) * BLOCK_BYTES - RUN_HEADER_BYTES - 8
+    for key in keys:
+        bench.cache.set(key, "x")
+    bench.cache.set("rest", "x" * room)
+    bench.cache.delete_many(["a", "0", "2"])
+    long_key = "k" * 70
+    bench.cache.set(long_key, "v" * 40)
+    assert bench.cache.get(long_key) == "v" * 40
+    assert bench.cache.get("k" * 69 + "l") is None
+    bench.cache.set(long_key, 7)
+    assert bench.cache.incr(long_key) == 8
+    assert bench.cache.delete(long_key)
+
+
+def test_a_free_run_without_length_is_not_taken(bench: Bench) -> None:
+    bench.block(2, layout.RUN_FREE << 32)
+    assert bench.blocks.reserve(10) is False
+    assert bench.blocks.reserved == 0
+
+
+def test_a_free_run_is_looked_for_in_no_bin_that_there_is_not(bench: Bench) -> None:
+    assert bench.blocks.used_bin(layout.BINS) == layout.BINS
+    assert bench.blocks.fitting_bin((1 << 31) - 1) == layout.BINS
+
+
+def test_reading_and_comparing_end_with_the_chain(bench: Bench) -> None:
+    """It leads nowhere, it ends too early, it has a run without length, or it is a circle."""
+    target = memoryview(bytearray(1000))
+    bench.block(1, pack(1, 0))
+    held = bytes(bench.blocks.data[bench.blocks.at(1) * 8 + 8 : bench.blocks.at(1) * 8 + 64])
+    assert bench.blocks.read(1, 0, target, 0, 56) is True
+    assert bench.blocks.matches(1, held, 56) is True
+    ends = {"short": 0, "nowhere": NOWHERE, "no length": 9, "circle": 2}
+    bench.block(8, 0)
+    for next_run in ends.values():
+        bench.block(1, pack(1, next_run))
+        size = 57 if next_run != 2 else 56 * (bench.count + 2)
+        longer = held * (bench.count + 2)
+        assert bench.blocks.read(1, 0, memoryview(bytearray(size)), 0, size) is False
+        assert bench.blocks.matches(1, longer, size) is False
+    bench.block(1, pack(1, 0))
+
+
+def test_no_memory_is_read_or_written_but_what_there_is(bench: Bench) -> None:
+    assert bench.blocks.read(1, 0, memoryview(bytearray(8)), 0, 9) is False
+    short = Blocks(
+        bench.words,
+        bench.blocks.data[: bench.region.blocks * 8 + 70],
+        bench.region.header,
+        bench.region.log,
+        bench.region.bins,
+        bench.region.blocks,
+        bench.count,
+    )
+    before = bytes(bench.blocks.data)
+    short.write(1, 0, b"y" * 20, 20)
+    assert bytes(bench.blocks.data) == before
+    assert short.matches(1, before[bench.blocks.at(1) * 8 + 8 :], 20) is False
+    bench.block(9, 0)
+    bench.blocks.write(9, 0, b"y" * 20, 20)  # a run without length
+    assert load(bench.words, bench.region.blocks + 9 * BLOCK_WORDS + 1) == 0
+    store(bench.words, len(bench.words), 1)
+    assert load(bench.words, len(bench.words)) == 0
+    assert copy_in(bench.blocks.data, len(bench.blocks.data) - 1, b"yy", 2) is False
+    assert copy(memoryview(bytearray(1)), 0, bench.blocks.data, 0, 2) is False
+    assert write_number(memoryview(bytearray(2)), 0, 0xD3, 1, 8) == 0
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [500, 0xFFFF_FFFF])
+def test_a_value_longer_than_its_chain_or_than_any_is_refused(bench: Bench, size: int) -> None:
+    sizes = bench.read_slot(0, layout.E_SIZES)
+    bench.slot(0, layout.E_SIZES, sizes >> 32 << 32 | size)
+    with pytest.raises(CorruptSegment):
+        bench.cache.get("a")
+    with pytest.raises(CorruptSegment):
+        list(bench.cache.items())
+    bench.slot(0, layout.E_SIZES, sizes)
+    assert bench.cache.get("a") == "value of a"
+
+
+def test_a_slot_that_changes_while_it_is_copied_is_read_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = 0
+
+    def fence() -> None:
+        nonlocal changes
+        changes += 1
+        if changes == 1:
+            bench.slot(0, layout.E_VERSION, bench.read_slot(0, layout.E_VERSION) + 2)
+
+    monkeypatch.setattr(reader, "fence_acquire", fence)
+    assert bench.cache._scan(0, 1, True)[0] == [("a", "value of a")]
+    assert changes > 1
+
+
+def test_bytes_that_are_no_utf_8_are_refused(bench: Bench) -> None:
+    """In a key and in values of either length."""
+    for value in ("12345678", "1234567" * 5):
+        bench.cache.set("a", value)
+        run = (bench.read_slot(0, layout.E_PLACE) & 0xFFFF_FFFF) - 1
+        at = (bench.region.blocks + run * BLOCK_WORDS + 1) * 8
+        bench.blocks.data[at + 5] = 0xFF
+        with pytest.raises(SerializationError):
+            bench.cache.get("a")
+        [(_, outcome)] = bench.cache._perform([(layout.OP_READ, "a", None, None)])
+        assert isinstance(outcome, SerializationError)
+    bench.blocks.data[at] = 0xFF
+    with pytest.raises(CorruptSegment):
+        bench.cache._scan(0, 1, False)
+    bench.cache.repair()
+
+
+def test_bytes_whose_size_is_not_theirs_are_refused(bench: Bench) -> None:
+    for value in (b"12345678", "1234567" * 5):
+        bench.cache.set("a", value)
+        bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) - 1)
+        with pytest.raises(SerializationError):
+            bench.cache.get("a")
+        bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) + 1)
+
+
+def test_a_number_that_its_chain_does_not_hold_is_none(bench: Bench) -> None:
+    key = "k" * 50
+    bench.cache.set(key, 5)
+    bench.slot(2, layout.E_SIZES, bench.read_slot(2, layout.E_SIZES) + 8)
+    with pytest.raises(TypeError, match="not an integer"):
+        bench.cache.incr(key)
+    bench.slot(2, layout.E_SIZES, bench.read_slot(2, layout.E_SIZES) - 8)
+    assert bench.cache.incr(key) == 6
+
+
+def test_scratch_memory_is_kept_while_it_is_small() -> None:
+    request = Request()
+    request.room = 10
+    request.make_room()
+    first = request.scratch
+    assert len(first) == layout.SCRATCH
+    request.make_room()
+    assert request.scratch is first
+    request.room = 2_000_000
+    request.make_room()
+    assert len(request.scratch) == 2_000_000
+    request.release()
+    assert len(request.scratch) == layout.SCRATCH
+
+
+def test_a_value_of_4_gib_has_no_head() -> None:
+    assert _below_4_gib((1 << 32) - 1) == (1 << 32) - 1
+    with pytest.raises(ValueTooLarge, match="4 GiB"):
+        _below_4_gib(1 << 32)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+def test_blocks_that_no_eviction_frees_are_not_waited_for(bench: Bench) -> None:
+    bench.header(layout.S_FREE_BLOCKS, 0)
+    bench.header(layout.S_ORDER, 0)
+    with pytest.raises(CorruptSegment):
+        bench.cache.set("n", "new")
+    [(_, outcome)] = bench.cache._perform([(layout.OP_SET, "n", "new", None)])
+    assert isinstance(outcome, CorruptSegment)
+
+
+def test_a_limbo_that_cannot_be_given_back_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.blocks, "reserve", lambda size: False)
+        patch.setattr(bench.blocks, "drain", lambda: False)
+        with pytest.raises(CorruptSegment):
+            bench.cache.set("n", "new")
+    assert bench.cache.get("a") == "value of a"
+
+
+def test_a_free_slot_that_there_is_not_is_not_filled(bench: Bench) -> None:
+    bench.header(layout.S_FREE_SLOT, SLOTS + 1)
+    with pytest.raises(CorruptSegment):
+        bench.cache.set("n", "new")
+    assert bench.cache.get("a") == "value of a"
+
+
+def test_an_expired_entry_that_cannot_be_removed_is_an_error(bench: Bench) -> None:
+    bench.slot(0, layout.E_EXPIRY, 1)  # in no list of the timer wheel
+    bench.block(0, pack(1, NOWHERE))
+    with pytest.raises(CorruptSegment):
+        bench.cache.set("a", "new")
+
+
+def test_a_purge_of_what_no_bucket_leads_to_is_an_error(bench: Bench) -> None:
+    for slot in range(SLOTS):
+        store(bench.words, bench.region.buckets + slot, 0)
+    bench.clock.advance(100)
+    with pytest.raises(CorruptSegment):
+        bench.cache.purge()
+
+
+def test_what_has_expired_is_evicted_first(bench: Bench) -> None:
+    """Where one write may remove four by itself and needs the blocks of more."""
+    bench.cache.clear()
+    value = "x" * (bench.count // SLOTS * BLOCK_BYTES - 100)
+    for number in range(SLOTS):
+        bench.cache.set(number, value, None if number == 0 else 60)
+    bench.clock.advance(100)
+    bench.cache.set("n", value * 6)
+    assert list(bench.cache) == [0, "n"] or list(bench.cache) == ["n", 0]
+    stats = bench.cache.stats()
+    assert (stats.evictions, stats.expirations) == (0, 7)
+
+
+# --- recovery -------------------------------------------------------------------------------------------------------
+def test_a_clear_that_died_is_finished(bench: Bench) -> None:
+    bench.header(layout.S_STATE, layout.STATE_CLEARING)
+    assert bench.cache.delete("nothing") is False
+    assert len(bench.cache) == 0
+
+
+def test_a_recovery_that_fails_gives_the_lock_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of memory, for instance: the next one tries again."""
+
+    def fail(shard: object, rebuild: bool) -> list[str]:
+        raise MemoryError
+
+    bench.header(layout.S_STATE, layout.STATE_REPAIRING)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "inspect_locked", fail)
+        with pytest.raises(MemoryError):
+            bench.cache.delete("nothing")
+        assert load(bench.words, bench.region.header + layout.S_LOCK) == 0
+    assert bench.cache.get("a") == "value of a"
+    assert bench.cache.delete("nothing") is False
+
+
+# --- a cache that is closed half way --------------------------------------------------------------------------------
+def test_what_finds_no_shards_says_that_the_cache_is_closed(bench: Bench) -> None:
+    shards, bench.cache.shards = bench.cache.shards, []
+    for operation in (lambda: bench.cache.get("a"), lambda: bench.cache.set_many({"a": 1})):
+        with pytest.raises(CacheClosed):
+            operation()
+    assert isinstance(bench.cache.failure(layout.TOO_LARGE), CacheClosed)
+    bench.cache.shards = shards
+    attachment, bench.cache.attachment = bench.cache.attachment, None
+    with pytest.raises(CacheClosed):
+        bench.cache._attached()
+    bench.cache.attachment = attachment
+
+
+def test_a_cache_closed_while_it_looks_at_its_files_is_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    epoch = bench.cache.epoch
+
+    def close() -> bool:
+        bench.cache.epoch = CLOSED
+        return True
+
+    monkeypatch.setattr(bench.cache.attachment, "is_current", close)
+    bench.clock.advance(1)
+    with pytest.raises(CacheClosed):
+        bench.cache.get("a")
+    bench.cache.epoch = epoch
+    bench.cache.next_check = bench.clock() + layout.CHECK_NS
+    assert bench.cache.get("a") == "value of a"
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_reader_whose_cache_goes_while_it_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
+    """Closed, it says so; unlinked, there is nothing."""
+    epoch = bench.cache.epoch
+
+    def run_one(*args: object) -> int:
+        if closed:
+            bench.cache.epoch = CLOSED
+        raise CacheClosed("meanwhile")
+
+    bench.slot(0, layout.E_VERSION, bench.read_slot(0, layout.E_VERSION) | 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "run_one", run_one)
+        if closed:
+            with pytest.raises(CacheClosed, match="meanwhile"):
+                bench.cache.get("a")
+        else:
+            assert bench.cache.get("a") is None
+    bench.cache.epoch = epoch
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_reader_waits_for_writers_that_work_and_not_for_one_that_does_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, moving: bool
+) -> None:
+    tries = 0
+
+    def run_one(*args: object) -> int:
+        nonlocal tries
+        tries += 1
+        if moving:
+            bench.header(layout.S_STAMP, load(bench.words, bench.region.header + layout.S_STAMP) + 2)
+        raise LockTimeout("meanwhile")
+
+    bench.slot(0, layout.E_VERSION, bench.read_slot(0, layout.E_VERSION) | 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "run_one", run_one)
+        assert bench.cache.get("a") is None
+    assert tries == (layout.READ_WAITS if moving else 1)
+
+
+def test_room_is_not_made_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be evicted a hundred times in a row, the segment is wrong."""
+    request = Request()
+    request.status = layout.UNDONE
+    assert bench.cache.make_way(request, bench.cache.shards, 0) == 0
+    request.status = layout.FULL
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "run_one", lambda *args: layout.ABSENT)
+        for _ in range(100):
+            assert bench.cache.make_way(request, bench.cache.shards, 0) == 0
+        with pytest.raises(CorruptSegment):
+            bench.cache.make_way(request, bench.cache.shards, 0)
+
+
+def test_arguments_that_are_none_of_theirs(bench: Bench) -> None:
+    assert repr(DEFAULT) == "DEFAULT"
+    with pytest.raises(TypeError, match="mapping"):
+        bench.cache.set_many(["a"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not one key"):
+        bench.cache.get_many("a")
+
+
+# --- byte locks -----------------------------------------------------------------------------------------------------
+def test_a_thread_that_would_wait_for_itself_is_refused() -> None:
+    mutex = bytelock.Mutex()
+    mutex.refuse_reentry()
+    with mutex.lock:
+        mutex.refuse_reentry()  # another thread's
+        mutex.owner = threading.get_ident()
+        with pytest.raises(LockTimeout, match="middle of a cache operation"):
+            mutex.refuse_reentry()
+
+
+def test_the_setup_lock_of_a_closed_file(tmp_path: Any) -> None:
+    with open(tmp_path / "lock", "w") as file:
+        number = file.fileno()
+        assert bytelock.under_setup_lock(number, 1, lambda: "done") == "done"
+    for fd in (-1, number):
+        with pytest.raises(CacheClosed):
+            bytelock.under_setup_lock(fd, 1, lambda: "never")
+
+
+def test_an_error_that_says_nothing_of_locks_is_not_hidden(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    with open(tmp_path / "lock", "w") as file:
+        monkeypatch.setattr(fcntl, "lockf", full)
+        with pytest.raises(OSError, match="no locks"):
+            bytelock.under_setup_lock(file.fileno(), 1, lambda: "never")
+
+
+def test_the_setup_lock_is_not_waited_for_longer_than_asked(tmp_path: Any) -> None:
+    """Another process has it; and who has which byte is known to the kernel."""
+    path = tmp_path / "lock"
+    gate = Gate()
+    with open(path, "w") as file:
+
+        def hold() -> None:
+            fcntl.lockf(file.fileno(), fcntl.LOCK_EX, 1, bytelock.SETUP_BYTE)
+            gate.wait()
+
+        child = Child(hold)
+        until(lambda: bytelock.is_byte_locked(file.fileno(), bytelock.SETUP_BYTE))
+        with pytest.raises(LockTimeout, match="longer than lock_timeout allows"):
+            bytelock.under_setup_lock(file.fileno(), 0.002, lambda: "never")
+        if os.path.exists("/proc/locks"):
+            assert bytelock.holders(path) == {bytelock.SETUP_BYTE: child.pid}
+        gate.open()
+        assert child.wait() == 0
+    assert bytelock.holders(tmp_path / "nothing") is None
+
+
+def test_a_compare_and_swap_waits_for_another_but_not_for_one_that_is_stopped(tmp_path: Any) -> None:
+    with open(tmp_path / "lock", "w") as file:
+        gate, guard = Gate(), bytelock.Guard(file.fileno())
+
+        def hold() -> None:
+            fcntl.lockf(file.fileno(), fcntl.LOCK_EX, 1, bytelock.ATOMIC_BYTE)
+            gate.wait()
+
+        child = Child(hold)
+        until(lambda: bytelock.is_byte_locked(file.fileno(), bytelock.ATOMIC_BYTE))
+        assert guard.take() is False
+        gate.open()
+        assert child.wait() == 0
+        assert guard.take() is True
