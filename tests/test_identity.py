@@ -256,7 +256,9 @@ def test_the_place_of_a_dead_holder_is_taken_before_anybody_waits(small: Cache) 
     def die() -> None:
         for _ in range(3):
             small.set("counted", 1)
-        take_and_pause(small)
+        take(small)
+        os.write(tell, b".")
+        signal.pause()
 
     def replace(dead: int) -> None:
         small.get("kept")
@@ -271,7 +273,7 @@ def test_the_place_of_a_dead_holder_is_taken_before_anybody_waits(small: Cache) 
     told, tell = os.pipe()
     with Family() as family:
         holder = family.fork(die)
-        until(lambda: owner(small))
+        assert os.read(told, 1) == b"."
         dead = owner(small)
         holder.kill()
         new = family.fork(replace, dead)
