@@ -175,11 +175,12 @@ def test_roll_back_believes_only_a_subject_that_can_be(bench: Bench, subject: in
         assert bench.slot(subject - 1, layout.E_VERSION) == stamp + 2
 
 
-def test_roll_back_touches_nothing_outside_its_shard(make_cache: Callable[..., Cache]) -> None:
-    """A log of nonsense is not believed: a word that is another's stays."""
+def test_roll_back_touches_nothing_that_no_transaction_changes(make_cache: Callable[..., Cache]) -> None:
+    """A log of nonsense is not believed: a word that is another's stays, and so do the lock and every version."""
     bench = Bench(make_cache(max_bytes="128KB", max_entries=SLOTS, shards=2))
-    first, last = bench.region.header, bench.region.end - 1
-    outside = [0, 1, layout.H_BYTES, first - 1, last + 1, last + 2, 1 << 63]
+    header, first, last = bench.region.header, bench.region.header + layout.S_TICK, bench.region.end - 1
+    outside = [0, 1, layout.H_BYTES, header - 1, last + 1, last + 2, 1 << 63]
+    outside += [header + layout.S_LOCK, first - 1, bench.region.slots + layout.E_VERSION]
     before = {word: load(bench.words, word) for word in outside}
     old_first, old_last = load(bench.words, first), load(bench.words, last)
     at = bench.region.log + layout.L_ENTRIES

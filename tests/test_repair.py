@@ -938,12 +938,13 @@ def test_the_hand_is_where_it_was_but_before_all_that_expires(small: Small, hand
     assert small.read(small.header(layout.S_HAND)) == comes_to
 
 
-def test_the_hand_of_a_wheel_that_nothing_is_in_stays(small: Small) -> None:
+@pytest.mark.parametrize("hand", [0, 1 << 40])
+def test_the_hand_of_a_wheel_that_nothing_is_in_is_no_later_than_now(small: Small, hand: int) -> None:
     for key in "bd":
         small.cache.touch(key, None)
-    small.write(small.header(layout.S_HAND), 0)
+    small.write(small.header(layout.S_HAND), hand)
     assert small.cache.repair() == []
-    assert small.read(small.header(layout.S_HAND)) == 0
+    assert small.read(small.header(layout.S_HAND)) == small.now >> layout.WHEEL_SHIFT
 
 
 @pytest.mark.skipif(is_compiled(), reason="steps through the sources")
