@@ -66,7 +66,7 @@ def die_again_and_again(trial: Trial, cache: Cache, case: Case) -> int:
 PART = Part(
     claim="a process that dies while it recovers what a dead one left leaves no more to do to the next one",
     rounds=rounds,
-    short=400,
+    short=200,
     share=2.0,
     on_sources=True,
 )

@@ -114,7 +114,7 @@ def missing() -> str | None:
 PART = Part(
     claim="a process that dies after any machine instruction leaves the entries as before its operation or as after it",
     rounds=rounds,
-    short=200,
+    short=100,
     share=2.0,
     missing=missing,
 )
