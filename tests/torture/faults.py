@@ -39,18 +39,19 @@ ELSEWHERE = {
 }
 
 _label = memoryview(mmap.mmap(-1, 4096))  # where the child that dies next says where
+_stores = memoryview(mmap.mmap(-1, 8)).cast("Q")  # how many stores it has come to
+NEVER = 1 << 62
 
 
 def arm(last: int) -> None:
     """Make this process die before its store number `last`, and in the midst of copying bytes."""
-    steps = 0
+    _stores[0] = 0
     # A wake-up that an earlier death left in the semaphore would give the stores other numbers.
     setattr(Sleeper, "sleep", lambda sleeper: False)  # noqa: B010
 
     def step() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == last:
+        _stores[0] += 1
+        if _stores[0] == last:
             name = place().encode()
             _label[: len(name) + 1] = name + b"\0"
             os.kill(os.getpid(), signal.SIGKILL)
@@ -149,14 +150,10 @@ def recovery(of: str, share: float) -> Make:
     def make(cache: Cache, clock: Clock) -> Case:
         dead = CASES[of](cache, clock)
         before = Image(cache)
-        stores = 0
-        while True:
-            before.restore()
-            if dies(cache, dead.operation, stores + 1) is None:
-                break
-            stores += 1
+        assert dies(cache, dead.operation, NEVER) is None
+        last = 1 + round(share * (_stores[0] - 1))
         before.restore()
-        assert dies(cache, dead.operation, 1 + round(share * (stores - 1))) is not None
+        assert dies(cache, dead.operation, last) is not None
         left = Image(cache)
         cache.delete("no such key")
         comes_to = contents(cache)
