@@ -19,7 +19,7 @@ from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
-from shmcache.errors import GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
+from shmcache.errors import CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
 from shmcache.memoize import Memoized, memoize
 from shmcache.segment import Wish
 from shmcache.stats import EntryInfo, Stats, collect
@@ -185,10 +185,17 @@ class Cache(Store):
             segment.release(old)
 
     def _open_as_before(self) -> None:
+        """With the geometry it had; where somebody has made the cache anew with another one, with that."""
         try:
             self._open(self._before)
-        except GeometryMismatch:
-            self._open(self._wish)
+        except GeometryMismatch as mismatch:
+            there = replace(self._before, create=False, max_bytes=None, max_entries=None, shards=None, eviction=None)
+            try:
+                self._open(there)
+            except CacheNotFound:  # no longer
+                self._open(self._before)
+            else:
+                log.warning("cache %r was made anew with another geometry, which is used now: %s", self.name, mismatch)
 
     def _await_room(self) -> None:
         deadline = time.monotonic() + MOVE_PATIENCE

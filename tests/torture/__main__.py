@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,7 +24,9 @@ def describe(result: Result) -> str:
     """What was done, and how long things took, in one cell."""
     if result.skipped:
         return f"not run: {result.skipped}"
-    lines = [", ".join(f"{number:,} {what}" for what, number in sorted(result.counts.items()))]
+    unfinished = load(result.name).sweep and not result.complete
+    lines = ["cut short: only a full sweep shows all of the claim"] if unfinished else []
+    lines += [", ".join(f"{number:,} {what}" for what, number in sorted(result.counts.items()))]
     for what, samples in sorted(result.samples.items()):
         p50, p99 = percentile(samples, 0.5), percentile(samples, 0.99)
         lines.append(f"{what}: p50 {p50 * 1e3:.2f}, p99 {p99 * 1e3:.2f}, max {max(samples) * 1e3:.2f} ms")
@@ -87,7 +90,7 @@ def main(minutes: float, seed: int | None, only: tuple[str, ...], report: Path |
             progress.update(task, completed=seconds)
             results.append(result)
             for failure in result.failures:
-                console.print(f"[red]{name}[/red]: {failure}", markup=True, highlight=False)
+                console.print(f"[red]{name}[/red]: {escape(failure)}", highlight=False)
     console.print(table(results, seed))
     if report is not None:
         chosen = "".join(f" --only {name}" for name in only)

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ class Part:
     short: int  # rounds in the normal test run
     share: float = 1.0  # of the time of a whole run, relative to the other parts
     on_sources: bool = False  # runs on the uncompiled sources, whatever is installed
+    sweep: bool = False  # its rounds come to an end, and only then has it shown all of its claim
     missing: Callable[[], str | None] = lambda: None  # what this machine lacks for it, in words
 
 
@@ -70,7 +72,7 @@ class Trial:
         self.rng = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.samples: dict[str, list[float]] = {}
-        self._names = (f"torture-{os.getpid()}-{number}" for number in itertools.count())
+        self._names = (f"{prefix(os.getpid())}{number}" for number in itertools.count())
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to the number of things done, such as "kills"."""
@@ -103,6 +105,7 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     skipped: str | None = None
+    complete: bool = False  # there was nothing more to try
 
 
 def percentile(samples: list[float], share: float) -> float:
@@ -137,30 +140,55 @@ def run(
     env = environment(SHMCACHE_PURE="1") if part.on_sources else environment()
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
+        ended = False
         try:
-            for line in _lines(process.stdout.fileno()):
+            for line in _lines(process):
                 if line is None:
                     result.failures.append(f"no word for {SILENCE:.0f} s: it hangs")
                     break
-                for key, value in json.loads(line).items():
+                said = json.loads(line)
+                for key, value in said.items():
                     setattr(result, key, value)
                 progress(result)
+                if "failures" in said:  # the last word
+                    ended = True
+                    process.wait(SILENCE)
+                    break
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)  # whatever of it is left
-    if process.returncode not in (0, -9) and not result.failures:
-        result.failures.append(f"it ended with exit status {process.returncode}")
+                os.killpg(process.pid, signal.SIGKILL)  # whatever of it is left
+            process.wait()
+            for left in segment.names():
+                if left.startswith(prefix(process.pid)):
+                    segment.unlink(left)
+    if not ended and not result.failures:
+        result.failures.append(f"it ended without its last word: exit status {process.returncode}")
+    if ended and not result.rounds and not result.failures:
+        result.failures.append("it did nothing")
     return result
 
 
-def _lines(pipe: int) -> Iterator[str | None]:
-    """Lines from a pipe until its end; None when nothing comes for too long."""
+def prefix(pid: int) -> str:
+    """How the names begin of the caches of a part that runs in this process."""
+    return f"torture-{pid}-"
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str | None]:
+    """What a process writes, until its end, line by line; None when nothing comes for too long."""
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
     unread = b""
+    heard = time.monotonic()
     while True:
-        ready, _, _ = select.select([pipe], [], [], SILENCE)
+        ready, _, _ = select.select([pipe], [], [], 1.0)
         if not ready:
-            yield None
-            return
+            if process.poll() is not None:
+                return  # though a child of it may hold the pipe open
+            if time.monotonic() - heard > SILENCE:
+                yield None
+                return
+            continue
+        heard = time.monotonic()
         more = os.read(pipe, 1 << 16)
         if not more:
             return
@@ -179,6 +207,7 @@ def main() -> None:
     trial = Trial(options.seed, options.rounds)
     began = told = time.monotonic()
     rounds = 0
+    complete = False
     failures: list[str] = []
 
     def tell(**more: Any) -> None:
@@ -198,10 +227,12 @@ def main() -> None:
             if now - told > REPORT:
                 told = now
                 tell()
+        else:
+            complete = True
         work.close()  # type: ignore[attr-defined]  # a generator, whose `with` blocks end here
     except Exception:
         failures.append(traceback.format_exc())
-    tell(samples=trial.samples, failures=failures)
+    tell(samples=trial.samples, failures=failures, complete=complete)
 
 
 if __name__ == "__main__":

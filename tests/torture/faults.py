@@ -203,9 +203,9 @@ def rounds(trial: Trial) -> Iterator[None]:
                 before.restore()
                 cache.repair()
             trial.count("operations")
-    missed = unreached(reached)
-    trial.count("places in the source", len(places()))
-    trial.count("places reached", len(places()) - len(missed))
+            missed = unreached(reached)
+            trial.counts["places in the source"] = len(places())
+            trial.counts["places reached"] = len(places()) - len(missed)
     assert stride > 1 or not missed, f"no process died at {missed}"
 
 
@@ -216,4 +216,5 @@ PART = Part(
     rounds=rounds,
     short=1_300,  # nox -s torture tries all of them
     on_sources=True,
+    sweep=True,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -55,6 +56,7 @@ class Alarms:
 
 def rounds(trial: Trial) -> Iterator[None]:
     """A round is a hundred interrupts."""
+    sys.unraisablehook = lambda unraisable: None  # what strikes in a finalizer would be printed
     alarms = Alarms()
     beats = mmap.mmap(-1, 8)
 

@@ -105,5 +105,6 @@ PART = Part(
     rounds=rounds,
     short=len(SHORT),
     share=0.2,
+    sweep=True,
     missing=missing,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ GREY = "#808080"  # legible on white and on black
 # What the README says of a part, with its counts; {deaths of lock holders} is a count of that name.
 HEADLINES = {
     "kills": "**{kills}** workers killed by `kill -9` at any moment, {deaths of lock holders} of which had a lock",
-    "instructions": "**{states left by a death}** deaths tried, one after every machine instruction of each operation",
+    "instructions": "**{states left by a death}** states that a death between two machine instructions leaves",
     "double_deaths": "**{double deaths}** times the next process died while it recovered what the first had left",
     "interrupts": "**{interrupts}** signal handlers that raised in the middle of an operation",
     "torn_reads": "**{reads}** reads of values that others were writing at that moment",
@@ -38,7 +39,11 @@ def table(run: dict[str, Any], claims: dict[str, str]) -> str:
     for part in run["parts"]:
         done = "; ".join(f"{number:,} {what}" for what, number in sorted(part["counts"].items()))
         done = f"not run: {part['skipped']}" if part["skipped"] else f"{done}, in {part['seconds']:.0f} s"
-        lines.append(f"| `{part['name']}` | {claims[part['name']]} | {done} | {len(part['failures'])} |")
+        kind = load(part["name"])
+        if kind.sweep and not part["complete"]:
+            done = f"cut short: {done}"
+        where = " (on the sources)" if kind.on_sources else ""
+        lines.append(f"| `{part['name']}`{where} | {claims[part['name']]} | {done} | {len(part['failures'])} |")
     return "\n".join(lines)
 
 
@@ -56,8 +61,8 @@ def headlines(run: dict[str, Any]) -> str:
     """The list of the README."""
     lines = []
     for part in run["parts"]:
-        if part["name"] in HEADLINES:
-            counts = {what: f"{number:,}" for what, number in part["counts"].items()}
+        if part["name"] in HEADLINES and not part["skipped"]:
+            counts = defaultdict(lambda: "0", {what: f"{number:,}" for what, number in part["counts"].items()})
             lines.append("- " + HEADLINES[part["name"]].format_map(counts))
     failures = sum(len(part["failures"]) for part in run["parts"])
     said = "no hang, no lock lost, no wrong or torn value, no stored entry lost"
@@ -100,8 +105,8 @@ def fill_in(page: str, name: str, text: str) -> str:
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The parts of several runs of the same commit as one; the last run of a part counts."""
-    if len({run["commit"] for run in runs}) > 1:
-        raise click.UsageError("these are runs of several commits: a page is about one")
+    if len({(run["commit"], run["mode"], run["python"]) for run in runs}) > 1:
+        raise click.UsageError("these are runs of several commits, modes or Pythons: a page is about one")
     parts = {part["name"]: part for run in runs for part in run["parts"]}
     return {**runs[-1], "parts": [parts[name] for name in NAMES if name in parts]}
 
