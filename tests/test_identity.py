@@ -385,6 +385,7 @@ def test_a_process_stopped_while_it_attaches(small: Cache) -> None:
     reason = "somebody has been creating, attaching to or unlinking this cache.*stopped process"
     with Family() as family:
         other = family.python()
+        other.ask("0")  # it has started
         stopped = family.fork(stop)
         stopped.wait_until_stopped()
         began = time.monotonic()
