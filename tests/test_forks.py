@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from shmcache import Cache, LockTimeout, is_compiled, segment
+from shmcache import Cache, LockTimeout, is_compiled
 from shmcache.engine.bytelock import under_setup_lock
 from tests.conftest import new_name
 from tests.holders import hold, owner, waiters
-from tests.processes import DEADLINE, Family, environment, no_gc, run_python, until
+from tests.processes import DEADLINE, Family, environment, files, no_gc, read, run_python, until
 
 SMALL = 256 * 1024
 
@@ -106,7 +106,7 @@ def test_a_fork_while_another_thread_attaches(make_cache: Callable[..., Cache]) 
         with Family() as family:
             each = family.fork(child)
             try:
-                assert os.read(told, 1) == b"."
+                assert read(told) == b"."
             finally:
                 go_on.set()
             assert each.wait() == 0
@@ -156,7 +156,7 @@ def test_threads_of_several_processes_some_of_which_are_killed(make_cache: Calla
 # --- within an operation --------------------------------------------------------------------------------------------
 CHILD_OF_A_HANDLER = """
     import os, signal, sys
-    from shmcache import Cache, LockTimeout, is_compiled, segment
+    from shmcache import Cache, LockTimeout, is_compiled
 
     name, what, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
     cache = Cache(name, max_bytes="1MB", max_entries=64, shards=1)
@@ -297,7 +297,7 @@ def test_a_daemon_goes_on_with_the_cache_of_the_process_that_began_it(make_cache
 
     with Family() as family:
         assert family.fork(begin).wait() == 0
-        pid = int(os.read(told, 20))
+        pid = int(read(told, 20))
         until(lambda: pid not in {process.pid for process in cache.stats().attached})
     os.close(told)
     os.close(tell)
@@ -350,7 +350,7 @@ def test_the_interpreter_ends_while_the_cache_is_used(name: str, when: str, ephe
     """By daemon threads, and by functions that atexit runs before and after ours: no hang, no crash, no message."""
     if ephemeral:
         run_python(textwrap.dedent(END), when, name, "yes")
-        until(lambda: not list(segment.DIRECTORY.glob(f"*{name}*")))
+        until(lambda: files(name) == [])
         return
     with Cache(name, max_bytes="1MB", max_entries=256) as cache:
         run_python(textwrap.dedent(END), when, name, "")

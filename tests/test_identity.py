@@ -21,7 +21,7 @@ from shmcache.engine import layout
 from shmcache.engine.bytelock import under_setup_lock
 from shmcache.engine.membership import GENERATION_MASK
 from tests.holders import hold, lock_word, owner, stop_in_section, take, take_and_pause, waiters, write_large_values
-from tests.processes import Child, Family, Gate, no_gc, until
+from tests.processes import Child, Family, Gate, no_gc, read, until
 
 LONGEST_STALL = 1.0  # seconds until others go on after a death, always
 TIMEOUT = 0.25  # lock_timeout of the caches here
@@ -273,11 +273,11 @@ def test_the_place_of_a_dead_holder_is_taken_before_anybody_waits(small: Cache) 
     told, tell = os.pipe()
     with Family() as family:
         holder = family.fork(die)
-        assert os.read(told, 1) == b"."
+        assert read(told) == b"."
         dead = owner(small)
         holder.kill()
         new = family.fork(replace, dead)
-        assert os.read(told, 1) == b"."
+        assert read(told) == b"."
         before = small.stats()
         assert before.sets == 1 + 3, "what the dead one counted is lost"
         goes_on(small, recoveries=1)
@@ -385,6 +385,7 @@ def test_a_process_stopped_while_it_attaches(small: Cache) -> None:
     reason = "somebody has been creating, attaching to or unlinking this cache.*stopped process"
     with Family() as family:
         other = family.python()
+        other.ask("0")  # it has started
         stopped = family.fork(stop)
         stopped.wait_until_stopped()
         began = time.monotonic()

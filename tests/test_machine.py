@@ -30,6 +30,7 @@ from tests.processes import (
     Family,
     Gate,
     cannot_mount,
+    files,
     mount_shared_memory,
     no_gc,
     run_python,
@@ -180,7 +181,6 @@ def test_shared_memory_that_somebody_else_fills_during_creation(megabytes: int, 
                     cache.unlink()
                     del cache
             filler.poll()
-        print(f"{made} made, {refused} refused")
 
     in_own_shared_memory(work, f"size={megabytes}m")
 
@@ -255,10 +255,8 @@ def test_processes_that_use_it_meet_again_where_there_is_room_for_one_cache_only
             with Cache("cache", max_bytes="700KB") as cache:
                 children = [family.fork(use, number) for number in range(3)]
                 until(lambda: len(cache.get_many(range(3))) == 3)
-            began = time.monotonic()
             (SHM / segment.file_name("cache")).unlink()
             assert [child.wait() for child in children] == [0] * 3
-            print(f"met again after {time.monotonic() - began:.2f} s")
 
     in_own_shared_memory(work, "size=1m")
 
@@ -397,10 +395,6 @@ def open_files() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
 
-def leftovers(name: str) -> list[str]:
-    return [file for file in os.listdir(segment.DIRECTORY) if name in file]
-
-
 def test_no_more_open_files_at_creation(name: str) -> None:
     """One descriptor more each time, until there are enough; at each step nothing is left, open or in /dev/shm."""
 
@@ -422,7 +416,7 @@ def test_no_more_open_files_at_creation(name: str) -> None:
             assert refusal.errno == errno.EMFILE
             assert "(Too many open files): a cache takes three files. Close some, or raise" in str(refusal)
             assert open_files() == before
-            assert leftovers(name) == []
+            assert files(name) == []
             refused += 1
             assert refused < 20
         assert refused >= 3
@@ -478,7 +472,7 @@ def test_a_limit_of_address_space(name: str) -> None:
             SegmentTooLarge, match=r"Cannot allocate memory\): this process may map no more.*`ulimit -v unl"
         ):
             Cache(name, max_bytes="64MB")
-        assert leftovers(name) == []
+        assert files(name) == []
         with Cache(name, max_bytes="1MB") as cache:
             use_it_all(cache)
             cache.unlink()
@@ -493,14 +487,14 @@ def test_a_limit_of_the_size_of_files(name: str) -> None:
             SegmentTooLarge, match=r"may not make a file that large: raise the limit, `ulimit -f unlimited`"
         ):
             Cache(name, max_bytes="64MB")
-        assert leftovers(name) == []
+        assert files(name) == []
         with Cache(name, max_bytes=2**19) as cache:
             use_it_all(cache)
             cache.unlink()
         limit(resource.RLIMIT_FSIZE, 0)
         with pytest.raises(SharedMemoryUnavailable, match=r"may write no file. Raise the limit, `ulimit -f unlimited`"):
             Cache(name, max_bytes="64MB")
-        assert leftovers(name) == []
+        assert files(name) == []
 
     in_child(work)
 
@@ -566,7 +560,7 @@ def test_a_memory_limit_of_a_control_group_is_an_error_rather_than_the_oom_kille
             SegmentTooLarge, match=rf"memory limit of {group}, 67,108,864 bytes, leaves [\d,]{{9,10}}\. .*Docker `--mem"
         ):
             Cache(name, max_bytes="64MB")
-        assert leftovers(name) == []
+        assert files(name) == []
         with Cache(name, max_bytes="16MB") as cache:
             use_it_all(cache)
             cache.unlink()

@@ -1,4 +1,4 @@
-"""Locks on bytes of a cache's lock file: everything that asks the kernel to lock, or who has locked, is in this file.
+"""Locks on bytes of a cache's lock file: everything that takes one, or asks who has one, is in this file.
 
 They are POSIX record locks: each belongs to a process and is gone with it. They do not exclude threads of one process,
 which mutexes do here, and they vanish when the process closes any descriptor of the file.

@@ -645,10 +645,8 @@ class Shard:
         state: cython.ulonglong = load(self.words, self.header + S_STATE)
         if state == STATE_READY:
             self.journal.roll_back()
-            if not self.blocks.drain():
-                store(
-                    self.words, self.header + S_LIMBO, 0
-                )  # no chain at all: `check` finds the blocks, `repair` frees them
+            if not self.blocks.drain():  # no chain at all: `check` finds the blocks, `repair` frees them
+                store(self.words, self.header + S_LIMBO, 0)
         elif state == STATE_CLEARING:
             self.format_locked()
         else:
