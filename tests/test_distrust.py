@@ -13,15 +13,25 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgpack
 import pytest
 
-from shmcache import Cache, CacheClosed, CorruptSegment, LockTimeout, SerializationError, ValueTooLarge, is_compiled
+from shmcache import (
+    Cache,
+    CacheClosed,
+    CorruptSegment,
+    LockTimeout,
+    SegmentTooLarge,
+    SerializationError,
+    ValueTooLarge,
+    is_compiled,
+)
 from shmcache.engine import bytelock, layout, reader
 from shmcache.engine.blocks import Blocks
 from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
 from shmcache.engine.primitives import copy, copy_in, load, pack, store, write_number
 from shmcache.engine.request import Request, _below_4_gib
-from shmcache.engine.store import CLOSED, DEFAULT
+from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT
 from tests.conftest import Clock
 from tests.processes import Child, Gate, until
 
@@ -215,6 +225,16 @@ def test_scratch_memory_is_kept_while_it_is_small() -> None:
     assert len(request.scratch) == layout.SCRATCH
 
 
+@pytest.mark.parametrize("size", [0, 31, 32, 0xFF, 0x100, 0xFFFF, 0x10000])
+def test_the_head_of_a_value_is_that_of_msgpack(size: int) -> None:
+    for value in ("x" * size, b"x" * size):
+        request = Request()
+        request.set_value(value, bytes)
+        head = bytes(request.small[layout.HEAD_AT : layout.HEAD_AT + request.head_size])
+        assert msgpack.unpackb(head + b"x" * size) == value
+        assert len(head) == len(msgpack.packb(value)) - size
+
+
 def test_a_value_of_4_gib_has_no_head() -> None:
     assert _below_4_gib((1 << 32) - 1) == (1 << 32) - 1
     with pytest.raises(ValueTooLarge, match="4 GiB"):
@@ -305,6 +325,9 @@ def test_what_finds_no_shards_says_that_the_cache_is_closed(bench: Bench) -> Non
         with pytest.raises(CacheClosed):
             operation()
     assert isinstance(bench.cache.failure(layout.TOO_LARGE), CacheClosed)
+    epoch, bench.cache.epoch = bench.cache.epoch, ADRIFT
+    assert isinstance(bench.cache.closed(), SegmentTooLarge)
+    bench.cache.epoch = epoch
     bench.cache.shards = shards
     attachment, bench.cache.attachment = bench.cache.attachment, None
     with pytest.raises(CacheClosed):
