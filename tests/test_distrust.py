@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 from shmcache import (
@@ -29,7 +29,7 @@ from shmcache import (
 from shmcache.engine import bytelock, layout, reader
 from shmcache.engine.blocks import Blocks
 from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
-from shmcache.engine.primitives import copy, copy_in, load, pack, store, write_number
+from shmcache.engine.primitives import copy, copy_in, key_hash, load, logged_store, pack, store, write_number
 from shmcache.engine.request import Request, _below_4_gib
 from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT
 from tests.conftest import Clock
@@ -99,6 +99,15 @@ def test_a_free_run_without_length_is_not_taken(bench: Bench) -> None:
     assert bench.blocks.reserved == 0
 
 
+def test_a_run_is_not_merged_with_one_that_begins_behind_it(bench: Bench) -> None:
+    """It says that the one before is free, whose last word, which is a value's, says nonsense."""
+    bench.block(0, 100, 7)
+    bench.block(1, (1 | layout.RUN_AFTER_FREE) << 32)
+    assert bench.cache.delete("b") is True
+    assert bench.cache.get("a") == "value of a"
+    assert bench.blocks.length(1) >= 1
+
+
 def test_a_free_run_is_looked_for_in_no_bin_that_there_is_not(bench: Bench) -> None:
     assert bench.blocks.used_bin(layout.BINS) == layout.BINS
     assert bench.blocks.fitting_bin((1 << 31) - 1) == layout.BINS
@@ -145,6 +154,19 @@ def test_no_memory_is_read_or_written_but_what_there_is(bench: Bench) -> None:
     assert copy_in(bench.blocks.data, len(bench.blocks.data) - 1, b"yy", 2) is False
     assert copy(memoryview(bytearray(1)), 0, bench.blocks.data, 0, 2) is False
     assert write_number(memoryview(bytearray(2)), 0, 0xD3, 1, 8) == 0
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_key_of_the_same_tag_or_hash_is_passed_over(bench: Bench, whole: bool) -> None:
+    """Without the lock and with it: the bytes decide."""
+    key = "c"
+    hash = key_hash(key.encode(), 1, layout.KEY_TEXT, *bench.cache.attachment.secret)
+    bucket = bench.shard.table.bucket_of(hash)
+    store(bench.words, bucket, hash >> 32 << 32 | 1)
+    bench.slot(0, layout.E_CHAIN, 0)
+    bench.slot(0, layout.E_HASH, hash if whole else hash ^ 1)
+    assert bench.cache.get(key) is None
+    assert bench.cache.delete(key) is False
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -229,7 +251,7 @@ def test_scratch_memory_is_kept_while_it_is_small() -> None:
 def test_the_head_of_a_value_is_that_of_msgpack(size: int) -> None:
     for value in ("x" * size, b"x" * size):
         request = Request()
-        request.set_value(value, bytes)
+        request.set_value(value, msgpack.packb)
         head = bytes(request.small[layout.HEAD_AT : layout.HEAD_AT + request.head_size])
         assert msgpack.unpackb(head + b"x" * size) == value
         assert len(head) == len(msgpack.packb(value)) - size
@@ -274,6 +296,14 @@ def test_an_expired_entry_that_cannot_be_removed_is_an_error(bench: Bench) -> No
         bench.cache.set("a", "new")
 
 
+def test_an_order_that_leads_outside_the_table_evicts_nothing(bench: Bench) -> None:
+    bench.header(layout.S_ORDER, pack(SLOTS + 1, SLOTS + 1))
+    bench.header(layout.S_FREE_SLOT, 0)
+    with pytest.raises(CorruptSegment):
+        bench.cache.set("n", "new")
+    assert bench.shard.remove_locked(SLOTS) == layout.CORRUPT
+
+
 def test_a_purge_of_what_no_bucket_leads_to_is_an_error(bench: Bench) -> None:
     for slot in range(SLOTS):
         store(bench.words, bench.region.buckets + slot, 0)
@@ -293,6 +323,18 @@ def test_what_has_expired_is_evicted_first(bench: Bench) -> None:
     assert list(bench.cache) == [0, "n"] or list(bench.cache) == ["n", 0]
     stats = bench.cache.stats()
     assert (stats.evictions, stats.expirations) == (0, 7)
+
+
+def test_what_cannot_be_logged_is_not_stored(bench: Bench) -> None:
+    """Neither a word that is not there, nor one for which the log has no room."""
+    log, word = bench.region.log, bench.region.header + layout.S_PEAK_BYTES
+    before = load(bench.words, word)
+    logged_store(bench.words, log, len(bench.words), 1)
+    assert load(bench.words, log) == 0
+    store(bench.words, log, layout.LOG_ENTRIES)
+    logged_store(bench.words, log, word, before + 1)
+    assert load(bench.words, word) == before
+    store(bench.words, log, 0)
 
 
 # --- recovery -------------------------------------------------------------------------------------------------------
