@@ -108,6 +108,16 @@ def test_a_run_is_not_merged_with_one_that_begins_behind_it(bench: Bench) -> Non
     assert bench.blocks.length(1) >= 1
 
 
+@pytest.mark.parametrize("links", [pack(1, 0), pack(0, 1), pack(1, 2)])
+def test_a_neighbour_in_a_bin_that_is_an_entry_is_left_alone(bench: Bench, links: int) -> None:
+    bench.block(2, links, 1)
+    entries = slice(bench.region.blocks * 8, (bench.region.blocks + 2 * BLOCK_WORDS) * 8)
+    before = bytes(bench.blocks.data[entries])
+    bench.blocks.unlink(2)
+    assert bytes(bench.blocks.data[entries]) == before
+    store(bench.words, bench.region.log, 0)
+
+
 def test_a_free_run_is_looked_for_in_no_bin_that_there_is_not(bench: Bench) -> None:
     assert bench.blocks.used_bin(layout.BINS) == layout.BINS
     assert bench.blocks.fitting_bin((1 << 31) - 1) == layout.BINS
@@ -174,10 +184,15 @@ def test_another_key_of_the_same_tag_or_hash_is_passed_over(bench: Bench, whole:
 def test_a_value_longer_than_its_chain_or_than_any_is_refused(bench: Bench, size: int) -> None:
     sizes = bench.read_slot(0, layout.E_SIZES)
     bench.slot(0, layout.E_SIZES, sizes >> 32 << 32 | size)
-    with pytest.raises(CorruptSegment):
-        bench.cache.get("a")
-    with pytest.raises(CorruptSegment):
-        list(bench.cache.items())
+    for scratch in (0, layout.SCRATCH):
+        bench.cache.spare = Request()
+        bench.cache.spare.scratch = memoryview(bytearray(scratch))
+        with pytest.raises(CorruptSegment):
+            bench.cache.get("a")
+        bench.cache.spare = Request()
+        bench.cache.spare.scratch = memoryview(bytearray(scratch))
+        with pytest.raises(CorruptSegment):
+            list(bench.cache.items())
     bench.slot(0, layout.E_SIZES, sizes)
     assert bench.cache.get("a") == "value of a"
 
@@ -220,6 +235,15 @@ def test_bytes_whose_size_is_not_theirs_are_refused(bench: Bench) -> None:
         with pytest.raises(SerializationError):
             bench.cache.get("a")
         bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) + 1)
+
+
+def test_a_number_of_another_size_is_none(bench: Bench) -> None:
+    bench.cache.set("a", 300)
+    bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) - 1)
+    with pytest.raises(TypeError, match="not an integer"):
+        bench.cache.incr("a")
+    bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) + 1)
+    assert bench.cache.incr("a") == 301
 
 
 def test_a_number_that_its_chain_does_not_hold_is_none(bench: Bench) -> None:
