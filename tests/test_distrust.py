@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import os
+import runpy
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
@@ -24,9 +27,10 @@ from shmcache import (
     SegmentTooLarge,
     SerializationError,
     ValueTooLarge,
+    engine,
     is_compiled,
 )
-from shmcache.engine import bytelock, layout, reader
+from shmcache.engine import bytelock, layout, membership, reader
 from shmcache.engine.blocks import Blocks
 from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
 from shmcache.engine.primitives import copy, copy_in, key_hash, load, logged_store, pack, store, write_number
@@ -106,6 +110,15 @@ def test_a_run_is_not_merged_with_one_that_begins_behind_it(bench: Bench) -> Non
     assert bench.cache.delete("b") is True
     assert bench.cache.get("a") == "value of a"
     assert bench.blocks.length(1) >= 1
+
+
+def test_a_bin_that_leads_to_an_entry_is_begun_anew(bench: Bench) -> None:
+    number = bench.blocks.bin_of(1)
+    store(bench.words, bench.region.bins + layout.BIN_BITMAP_WORDS + number, 1)
+    bench.cache.set("c", "x")
+    assert bench.cache.delete("b") is True
+    assert load(bench.words, bench.region.bins + layout.BIN_BITMAP_WORDS + number) == 2
+    assert bench.cache.get("a") == "value of a"
 
 
 @pytest.mark.parametrize("links", [pack(1, 0), pack(0, 1), pack(1, 2)])
@@ -323,6 +336,7 @@ def test_an_expired_entry_that_cannot_be_removed_is_an_error(bench: Bench) -> No
 def test_an_order_that_leads_outside_the_table_evicts_nothing(bench: Bench) -> None:
     bench.header(layout.S_ORDER, pack(SLOTS + 1, SLOTS + 1))
     bench.header(layout.S_FREE_SLOT, 0)
+    bench.header(layout.S_ENTRIES, SLOTS)
     with pytest.raises(CorruptSegment):
         bench.cache.set("n", "new")
     assert bench.shard.remove_locked(SLOTS) == layout.CORRUPT
@@ -545,3 +559,96 @@ def test_a_compare_and_swap_waits_for_another_but_not_for_one_that_is_stopped(tm
         gate.open()
         assert child.wait() == 0
         assert guard.take() is True
+
+
+# --- interpreters ---------------------------------------------------------------------------------------------------
+def test_a_python_without_sub_interpreters_has_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    assert engine._is_main_interpreter()
+
+
+def test_a_sub_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one is in test_forks.py; what runs in it cannot be watched."""
+    interpreters = SimpleNamespace(get_current=lambda: 1, get_main=lambda: 0)
+    monkeypatch.setattr(importlib, "import_module", lambda name: interpreters)
+    with pytest.raises(ImportError, match="WSGIApplicationGroup"):
+        runpy.run_path(str(engine.__file__))
+
+
+# --- a child that is forked in the midst of something ---------------------------------------------------------------
+# What a real one does is in test_identity.py; here each step notices that the process is another one now.
+FORKED = "this process was forked in the midst of a cache operation"
+
+
+def another_process(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setattr(module, "process_epoch", lambda: 1)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_work_under_the_setup_lock_is_the_parents(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, released: bool
+) -> None:
+    """Also where it ends with the segment's views released."""
+
+    def work() -> None:
+        another_process(monkeypatch, bytelock)
+        if released:
+            raise ValueError("operation forbidden on released memoryview object")
+
+    with open(tmp_path / "lock", "w") as file, pytest.raises(LockTimeout, match=FORKED):
+        bytelock.under_setup_lock(file.fileno(), 1, work)
+
+
+def test_an_error_of_work_under_the_setup_lock_is_its_own(tmp_path: Any) -> None:
+    def work() -> None:
+        raise ValueError("of its own")
+
+    with open(tmp_path / "lock", "w") as file, pytest.raises(ValueError, match="of its own"):
+        bytelock.under_setup_lock(file.fileno(), 1, work)
+
+
+def test_a_line_that_is_taken_is_the_parents(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = bench.cache.attachment.member.registry
+    epoch, line = registry._own_epoch, registry.own_line
+    before = bytes(bench.cache.attachment.data[: bench.region.header * 8])
+
+    def lock_a_line() -> int:
+        another_process(monkeypatch, membership)
+        return 5
+
+    registry._own_epoch = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_lock_a_line", lock_a_line)
+        with pytest.raises(LockTimeout, match=FORKED):
+            registry._take_line()
+    monkeypatch.undo()
+    assert bytes(bench.cache.attachment.data[: bench.region.header * 8]) == before
+    assert (registry._own_epoch, registry.own_line) == (0, line)
+    registry._own_epoch = epoch
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_hit_that_is_recorded_is_the_parents(bench: Bench, monkeypatch: pytest.MonkeyPatch, released: bool) -> None:
+    """Views that were released tell; an error of another kind stays what it is."""
+    words = memoryview(bytearray(8))
+
+    def record_hit_locked(request: Request) -> None:
+        raise ValueError("of its own")
+
+    words.release()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "record_hit_locked", record_hit_locked)
+        if released:
+            patch.setattr(bench.shard, "leave", lambda: 0)
+            real = bench.shard.refuse_if_forked
+            patch.setattr(bench.shard, "refuse_if_forked", lambda: (patch.setattr(bench.shard, "words", words), real()))
+            with pytest.raises(LockTimeout, match=FORKED):
+                bench.shard.promote(Request())
+        else:
+            with pytest.raises(ValueError, match="of its own"):
+                bench.shard.promote(Request())
+    bench.header(layout.S_LOCK, 0)
+    assert bench.cache.get("a") == "value of a"
