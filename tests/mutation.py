@@ -36,9 +36,19 @@ pytest_add_cli_args_test_selection = {TESTS}
 pytest_add_cli_args = ["-p", "no:cacheprovider"]
 """
 
-# A /dev/shm and a process table of its own.
-APART = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
-OWN_SHM = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+# A /dev/shm and a process table of its own. The shell stays, as process 1, for orphans: mutmut knows none of them.
+APART = [
+    "unshare",
+    *(["--map-root-user"] if os.geteuid() else []),
+    "--mount",
+    "--pid",
+    "--fork",
+    "--mount-proc",
+    "--kill-child",
+    "sh",
+    "-c",
+]
+OWN_SHM = 'mount -t tmpfs tmpfs /dev/shm && "$@"; exit $?'
 
 
 def copy_tree(to: Path) -> None:
@@ -54,8 +64,10 @@ def copy_tree(to: Path) -> None:
 def run(tree: Path, children: int) -> None:
     """Run mutmut, which shows its progress."""
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children)]
-    if subprocess.run([*APART, OWN_SHM, "sh", "true"], capture_output=True).returncode == 0:
+    if shutil.which("unshare") and not subprocess.run([*APART, OWN_SHM, "sh", "true"], capture_output=True).returncode:
         command = [*APART, OWN_SHM, "sh", *command]
+    else:
+        print("no namespaces can be had here: mutants that hang may leave processes, and files in /dev/shm")
     # Children of tests find the package by PYTHONPATH; -B: no byte code of one mutant for the next.
     env = {**os.environ, "SHMCACHE_PURE": "1", "PYTHONPATH": str(tree / "mutants"), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(command, cwd=tree, env=env, check=True)

@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import os
+import runpy
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from shmcache import Cache, CacheClosed, CorruptSegment, LockTimeout, SerializationError, ValueTooLarge, is_compiled
-from shmcache.engine import bytelock, layout, reader
+from shmcache import (
+    Cache,
+    CacheClosed,
+    CorruptSegment,
+    LockTimeout,
+    SegmentTooLarge,
+    SerializationError,
+    ValueTooLarge,
+    engine,
+    is_compiled,
+)
+from shmcache.engine import bytelock, layout, membership, reader
 from shmcache.engine.blocks import Blocks
 from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
-from shmcache.engine.primitives import copy, copy_in, load, pack, store, write_number
+from shmcache.engine.primitives import copy, copy_in, key_hash, load, logged_store, pack, store, write_number
 from shmcache.engine.request import Request, _below_4_gib
-from shmcache.engine.store import CLOSED, DEFAULT
+from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT
 from tests.conftest import Clock
 from tests.processes import Child, Gate, until
 
@@ -89,6 +103,34 @@ def test_a_free_run_without_length_is_not_taken(bench: Bench) -> None:
     assert bench.blocks.reserved == 0
 
 
+def test_a_run_is_not_merged_with_one_that_begins_behind_it(bench: Bench) -> None:
+    """It says that the one before is free, whose last word, which is a value's, says nonsense."""
+    bench.block(0, 100, 7)
+    bench.block(1, (1 | layout.RUN_AFTER_FREE) << 32)
+    assert bench.cache.delete("b") is True
+    assert bench.cache.get("a") == "value of a"
+    assert bench.blocks.length(1) >= 1
+
+
+def test_a_bin_that_leads_to_an_entry_is_begun_anew(bench: Bench) -> None:
+    number = bench.blocks.bin_of(1)
+    store(bench.words, bench.region.bins + layout.BIN_BITMAP_WORDS + number, 1)
+    bench.cache.set("c", "x")
+    assert bench.cache.delete("b") is True
+    assert load(bench.words, bench.region.bins + layout.BIN_BITMAP_WORDS + number) == 2
+    assert bench.cache.get("a") == "value of a"
+
+
+@pytest.mark.parametrize("links", [pack(1, 0), pack(0, 1), pack(1, 2)])
+def test_a_neighbour_in_a_bin_that_is_an_entry_is_left_alone(bench: Bench, links: int) -> None:
+    bench.block(2, links, 1)
+    entries = slice(bench.region.blocks * 8, (bench.region.blocks + 2 * BLOCK_WORDS) * 8)
+    before = bytes(bench.blocks.data[entries])
+    bench.blocks.unlink(2)
+    assert bytes(bench.blocks.data[entries]) == before
+    store(bench.words, bench.region.log, 0)
+
+
 def test_a_free_run_is_looked_for_in_no_bin_that_there_is_not(bench: Bench) -> None:
     assert bench.blocks.used_bin(layout.BINS) == layout.BINS
     assert bench.blocks.fitting_bin((1 << 31) - 1) == layout.BINS
@@ -137,15 +179,33 @@ def test_no_memory_is_read_or_written_but_what_there_is(bench: Bench) -> None:
     assert write_number(memoryview(bytearray(2)), 0, 0xD3, 1, 8) == 0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_key_of_the_same_tag_or_hash_is_passed_over(bench: Bench, whole: bool) -> None:
+    """Without the lock and with it: the bytes decide."""
+    key = "c"
+    hash = key_hash(key.encode(), 1, layout.KEY_TEXT, *bench.cache.attachment.secret)
+    bucket = bench.shard.table.bucket_of(hash)
+    store(bench.words, bucket, hash >> 32 << 32 | 1)
+    bench.slot(0, layout.E_CHAIN, 0)
+    bench.slot(0, layout.E_HASH, hash if whole else hash ^ 1)
+    assert bench.cache.get(key) is None
+    assert bench.cache.delete(key) is False
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [500, 0xFFFF_FFFF])
 def test_a_value_longer_than_its_chain_or_than_any_is_refused(bench: Bench, size: int) -> None:
     sizes = bench.read_slot(0, layout.E_SIZES)
     bench.slot(0, layout.E_SIZES, sizes >> 32 << 32 | size)
-    with pytest.raises(CorruptSegment):
-        bench.cache.get("a")
-    with pytest.raises(CorruptSegment):
-        list(bench.cache.items())
+    for scratch in (0, layout.SCRATCH):
+        bench.cache.spare = Request()
+        bench.cache.spare.scratch = memoryview(bytearray(scratch))
+        with pytest.raises(CorruptSegment):
+            bench.cache.get("a")
+        bench.cache.spare = Request()
+        bench.cache.spare.scratch = memoryview(bytearray(scratch))
+        with pytest.raises(CorruptSegment):
+            list(bench.cache.items())
     bench.slot(0, layout.E_SIZES, sizes)
     assert bench.cache.get("a") == "value of a"
 
@@ -190,6 +250,15 @@ def test_bytes_whose_size_is_not_theirs_are_refused(bench: Bench) -> None:
         bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) + 1)
 
 
+def test_a_number_of_another_size_is_none(bench: Bench) -> None:
+    bench.cache.set("a", 300)
+    bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) - 1)
+    with pytest.raises(TypeError, match="not an integer"):
+        bench.cache.incr("a")
+    bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) + 1)
+    assert bench.cache.incr("a") == 301
+
+
 def test_a_number_that_its_chain_does_not_hold_is_none(bench: Bench) -> None:
     key = "k" * 50
     bench.cache.set(key, 5)
@@ -213,6 +282,16 @@ def test_scratch_memory_is_kept_while_it_is_small() -> None:
     assert len(request.scratch) == 2_000_000
     request.release()
     assert len(request.scratch) == layout.SCRATCH
+
+
+@pytest.mark.parametrize("size", [0, 31, 32, 0xFF, 0x100, 0xFFFF, 0x10000])
+def test_the_head_of_a_value_is_that_of_msgpack(size: int) -> None:
+    for value in ("x" * size, b"x" * size):
+        request = Request()
+        request.set_value(value, msgpack.packb)
+        head = bytes(request.small[layout.HEAD_AT : layout.HEAD_AT + request.head_size])
+        assert msgpack.unpackb(head + b"x" * size) == value
+        assert len(head) == len(msgpack.packb(value)) - size
 
 
 def test_a_value_of_4_gib_has_no_head() -> None:
@@ -254,6 +333,15 @@ def test_an_expired_entry_that_cannot_be_removed_is_an_error(bench: Bench) -> No
         bench.cache.set("a", "new")
 
 
+def test_an_order_that_leads_outside_the_table_evicts_nothing(bench: Bench) -> None:
+    bench.header(layout.S_ORDER, pack(SLOTS + 1, SLOTS + 1))
+    bench.header(layout.S_FREE_SLOT, 0)
+    bench.header(layout.S_ENTRIES, SLOTS)
+    with pytest.raises(CorruptSegment):
+        bench.cache.set("n", "new")
+    assert bench.shard.remove_locked(SLOTS) == layout.CORRUPT
+
+
 def test_a_purge_of_what_no_bucket_leads_to_is_an_error(bench: Bench) -> None:
     for slot in range(SLOTS):
         store(bench.words, bench.region.buckets + slot, 0)
@@ -273,6 +361,18 @@ def test_what_has_expired_is_evicted_first(bench: Bench) -> None:
     assert list(bench.cache) == [0, "n"] or list(bench.cache) == ["n", 0]
     stats = bench.cache.stats()
     assert (stats.evictions, stats.expirations) == (0, 7)
+
+
+def test_what_cannot_be_logged_is_not_stored(bench: Bench) -> None:
+    """Neither a word that is not there, nor one for which the log has no room."""
+    log, word = bench.region.log, bench.region.header + layout.S_PEAK_BYTES
+    before = load(bench.words, word)
+    logged_store(bench.words, log, len(bench.words), 1)
+    assert load(bench.words, log) == 0
+    store(bench.words, log, layout.LOG_ENTRIES)
+    logged_store(bench.words, log, word, before + 1)
+    assert load(bench.words, word) == before
+    store(bench.words, log, 0)
 
 
 # --- recovery -------------------------------------------------------------------------------------------------------
@@ -305,6 +405,9 @@ def test_what_finds_no_shards_says_that_the_cache_is_closed(bench: Bench) -> Non
         with pytest.raises(CacheClosed):
             operation()
     assert isinstance(bench.cache.failure(layout.TOO_LARGE), CacheClosed)
+    epoch, bench.cache.epoch = bench.cache.epoch, ADRIFT
+    assert isinstance(bench.cache.closed(), SegmentTooLarge)
+    bench.cache.epoch = epoch
     bench.cache.shards = shards
     attachment, bench.cache.attachment = bench.cache.attachment, None
     with pytest.raises(CacheClosed):
@@ -456,3 +559,96 @@ def test_a_compare_and_swap_waits_for_another_but_not_for_one_that_is_stopped(tm
         gate.open()
         assert child.wait() == 0
         assert guard.take() is True
+
+
+# --- interpreters ---------------------------------------------------------------------------------------------------
+def test_a_python_without_sub_interpreters_has_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    assert engine._is_main_interpreter()
+
+
+def test_a_sub_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one is in test_forks.py; what runs in it cannot be watched."""
+    interpreters = SimpleNamespace(get_current=lambda: 1, get_main=lambda: 0)
+    monkeypatch.setattr(importlib, "import_module", lambda name: interpreters)
+    with pytest.raises(ImportError, match="WSGIApplicationGroup"):
+        runpy.run_path(str(engine.__file__))
+
+
+# --- a child that is forked in the midst of something ---------------------------------------------------------------
+# What a real one does is in test_identity.py; here each step notices that the process is another one now.
+FORKED = "this process was forked in the midst of a cache operation"
+
+
+def another_process(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setattr(module, "process_epoch", lambda: 1)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_work_under_the_setup_lock_is_the_parents(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, released: bool
+) -> None:
+    """Also where it ends with the segment's views released."""
+
+    def work() -> None:
+        another_process(monkeypatch, bytelock)
+        if released:
+            raise ValueError("operation forbidden on released memoryview object")
+
+    with open(tmp_path / "lock", "w") as file, pytest.raises(LockTimeout, match=FORKED):
+        bytelock.under_setup_lock(file.fileno(), 1, work)
+
+
+def test_an_error_of_work_under_the_setup_lock_is_its_own(tmp_path: Any) -> None:
+    def work() -> None:
+        raise ValueError("of its own")
+
+    with open(tmp_path / "lock", "w") as file, pytest.raises(ValueError, match="of its own"):
+        bytelock.under_setup_lock(file.fileno(), 1, work)
+
+
+def test_a_line_that_is_taken_is_the_parents(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = bench.cache.attachment.member.registry
+    epoch, line = registry._own_epoch, registry.own_line
+    before = bytes(bench.cache.attachment.data[: bench.region.header * 8])
+
+    def lock_a_line() -> int:
+        another_process(monkeypatch, membership)
+        return 5
+
+    registry._own_epoch = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_lock_a_line", lock_a_line)
+        with pytest.raises(LockTimeout, match=FORKED):
+            registry._take_line()
+    monkeypatch.undo()
+    assert bytes(bench.cache.attachment.data[: bench.region.header * 8]) == before
+    assert (registry._own_epoch, registry.own_line) == (0, line)
+    registry._own_epoch = epoch
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_hit_that_is_recorded_is_the_parents(bench: Bench, monkeypatch: pytest.MonkeyPatch, released: bool) -> None:
+    """Views that were released tell; an error of another kind stays what it is."""
+    words = memoryview(bytearray(8))
+
+    def record_hit_locked(request: Request) -> None:
+        raise ValueError("of its own")
+
+    words.release()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "record_hit_locked", record_hit_locked)
+        if released:
+            patch.setattr(bench.shard, "leave", lambda: 0)
+            real = bench.shard.refuse_if_forked
+            patch.setattr(bench.shard, "refuse_if_forked", lambda: (patch.setattr(bench.shard, "words", words), real()))
+            with pytest.raises(LockTimeout, match=FORKED):
+                bench.shard.promote(Request())
+        else:
+            with pytest.raises(ValueError, match="of its own"):
+                bench.shard.promote(Request())
+    bench.header(layout.S_LOCK, 0)
+    assert bench.cache.get("a") == "value of a"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shmcache import Cache, CacheClosed, is_compiled
+from shmcache import Cache, CacheClosed, LockTimeout, is_compiled
 from shmcache.engine import layout, lock
 from shmcache.engine.lock import Lock
 from shmcache.engine.primitives import load, store
@@ -263,6 +263,22 @@ def test_counting_waiters_tries_again_and_gives_up_in_the_end(bench: Bench, monk
     succeed_at = 0
     assert not bench.lock.add_waiters(1)
     assert bench.waiters == 1
+
+
+def test_a_child_that_is_forked_while_this_sleeps_does_not_wait_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait is its parent's."""
+
+    def then() -> bool:
+        monkeypatch.setattr(lock, "process_epoch", lambda: 1)
+        return False
+
+    bench.sleeper.then = then
+    bench.holder = OTHER
+    with pytest.raises(LockTimeout, match="forked in the midst"):
+        bench.lock.acquire(FOREVER)
+    assert bench.sleeper.sleeps == 1
 
 
 # --- live and dead owners -------------------------------------------------------------------------------------------

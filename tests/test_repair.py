@@ -272,6 +272,24 @@ def odd_version_of_a_free_slot(small: Small) -> list[str]:
 
 
 @damage
+def version_beyond_the_last_that_was_given(small: Small) -> list[str]:
+    small.write(small.slot(1, layout.E_VERSION), small.read(small.header(layout.S_STAMP)) + 2)
+    return ["slot 1: its version has not been given to any slot yet"]
+
+
+@damage
+def last_version_that_is_odd(small: Small) -> list[str]:
+    small.change(small.header(layout.S_STAMP), 1)
+    return ["the header's last version is odd, or higher than versions get"]
+
+
+@damage
+def last_version_that_is_too_high(small: Small) -> list[str]:
+    small.write(small.header(layout.S_STAMP), 1 << layout.STAMP_BITS)
+    return ["the header's last version is odd, or higher than versions get"]
+
+
+@damage
 def kind_of_key_too_low(small: Small) -> list[str]:
     small.change(small.slot(1, layout.E_SIZES), -(1 << 48))
     return [CONTRADICTS, UNCLAIMED]

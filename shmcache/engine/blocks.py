@@ -182,7 +182,7 @@ class Blocks:
     def holds(self, run: cython.ulonglong, size: cython.ulonglong) -> bool:
         """Whether the chain is long enough for `size` bytes: to be asked before taking memory for a copy of them."""
         room: cython.ulonglong
-        while size:
+        while True:
             room = self.used_length(run)
             if not room:
                 return False
@@ -191,7 +191,6 @@ class Blocks:
                 return True
             size -= room
             run = low(load(self.words, self.at(run))) - 1
-        return True
 
     # --- free runs --------------------------------------------------------------------------------------------------
     def find(self, length: cython.ulonglong) -> int:
