@@ -195,6 +195,16 @@ def test_roll_back_touches_nothing_that_no_transaction_changes(make_cache: Calla
     store(bench.words, last, old_last)
 
 
+def test_a_transaction_changes_what_is_its_own(make_cache: Callable[..., Cache]) -> None:
+    """No lock, no version, not the log itself, and nothing of another shard."""
+    bench = Bench(make_cache(max_bytes="128KB", max_entries=SLOTS, shards=2))
+    region, slots = bench.region, bench.journal.slots
+    versions = range(region.slots, region.slots + slots * layout.SLOT_WORDS, layout.SLOT_WORDS)
+    own = {region.header + layout.S_LIMBO, *range(region.header + layout.S_TICK, region.log)}
+    own |= set(range(region.bins, region.end)) - set(versions)
+    assert {word for word in range(len(bench.words)) if bench.journal.is_logged(word)} == own
+
+
 @pytest.mark.parametrize("used", [layout.LOG_ENTRIES, layout.LOG_ENTRIES + 1, 1 << 40])
 def test_roll_back_of_a_log_that_is_too_long_takes_all_there_is(bench: Bench, used: int) -> None:
     at = bench.region.log + layout.L_ENTRIES

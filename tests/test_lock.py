@@ -245,6 +245,17 @@ def test_waiters_are_never_less_than_none(bench: Bench) -> None:
     assert bench.sleeper.wakes == [0]
 
 
+def test_more_waiters_than_can_be_are_none(bench: Bench) -> None:
+    bench.waiters = layout.MAX_WAITERS - 1
+    assert bench.lock.add_waiters(1)
+    assert bench.waiters == layout.MAX_WAITERS
+    for by in (1, -1):
+        for nonsense in (layout.MAX_WAITERS, 1 << 63):
+            bench.waiters = nonsense
+            assert bench.lock.add_waiters(by)
+            assert bench.waiters == 0
+
+
 def test_counting_waiters_tries_again_and_gives_up_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Being wrong costs a wake-up; trying for ever would be worse."""
     tries = 0
