@@ -21,16 +21,25 @@ from tests.torture.campaign import NAMES, ROOT, Result, load, percentile, run
 
 
 def describe(result: Result) -> str:
-    """What was done, and how long things took, in one cell."""
+    """What was done, in one cell."""
     if result.skipped:
         return f"not run: {result.skipped}"
     unfinished = load(result.name).sweep and not result.complete
     lines = ["cut short: only a full sweep shows all of the claim"] if unfinished else []
     lines += [", ".join(f"{number:,} {what}" for what, number in sorted(result.counts.items()))]
-    for what, samples in sorted(result.samples.items()):
-        p50, p99 = percentile(samples, 0.5), percentile(samples, 0.99)
-        lines.append(f"{what}: p50 {p50 * 1e3:.2f}, p99 {p99 * 1e3:.2f}, max {max(samples) * 1e3:.2f} ms")
     return "\n".join(line for line in lines if line)
+
+
+def durations(results: list[Result]) -> Table:
+    """How long things took."""
+    shown = Table(title="how long it took, ms")
+    shown.add_column("what")
+    for heading in ("number", "p50", "p99", "longest"):
+        shown.add_column(heading, justify="right")
+    for what, samples in sorted(sample for result in results for sample in result.samples.items()):
+        figures = (f"{1e3 * percentile(samples, share):.2f}" for share in (0.5, 0.99, 1))
+        shown.add_row(what, f"{len(samples):,}", *figures)
+    return shown
 
 
 def table(results: list[Result], seed: int) -> Table:
@@ -91,6 +100,8 @@ def main(minutes: float, seed: int | None, only: tuple[str, ...], report: Path |
             results.append(result)
             for failure in result.failures:
                 console.print(f"[red]{name}[/red]: {escape(failure)}", highlight=False)
+    if any(result.samples for result in results):
+        console.print(durations(results))
     console.print(table(results, seed))
     if report is not None:
         chosen = "".join(f" --only {name}" for name in only)

@@ -7,7 +7,6 @@ being written, and no other.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import mmap
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from shmcache import Cache, is_compiled, segment
 from tests.processes import Child, Family, no_gc
 from tests.torture.campaign import Part, Trial
+from tests.torture.stalls import Stalls, going_first
 
 COMPILED = is_compiled()
 
@@ -33,6 +33,7 @@ LARGEST = 64 * 1024 if COMPILED else 4096
 LONGEST_STALL = 1.0  # seconds, always: the aims are smaller, and are seen in the figures
 CALM = 20  # looks at each storm's workers before the first death
 CALM_WINDOW = 0.01  # seconds, about what there is between two deaths
+AFTERMATH = 0.1  # seconds after a look at a large cache until all that waited for it have done so
 LONGEST_WAIT = 0.003 if COMPILED else 0.02  # seconds between two kills
 GONE = object()
 
@@ -73,12 +74,11 @@ def key_name(worker: int, key: int) -> str:
 class Ledger:
     """Memory that the workers of one storm share with the test. A store of a word is what makes a fact.
 
-    Every worker has: the number of intended changes, its longest operation in ns, operations done, whether it is to
-    stop, additions to the shared counter done; then the sequence number of each key (0: absent); then (key, sequence)
-    for each intended change.
+    Every worker has: the number of intended changes, operations done, whether it is to stop, additions to the shared
+    counter done; then the sequence number of each key (0: absent); then (key, sequence) for each intended change.
     """
 
-    INTENDED, STALL, DONE, STOP, ADDED = range(5)
+    INTENDED, DONE, STOP, ADDED = range(4)
     STATE = 8
     INTENTS = STATE + KEYS
     SHARED = KEYS  # as the key of an intent: an addition to the counter that all workers share
@@ -86,6 +86,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.memory = memoryview(mmap.mmap(-1, WORKERS * self.SIZE * 8)).cast("Q")
+        self.stalls = Stalls(WORKERS)
 
     def word(self, worker: int, which: int) -> int:
         return self.memory[worker * self.SIZE + which]
@@ -124,14 +125,6 @@ class Ledger:
 
 
 # --- the workers ----------------------------------------------------------------------------------------------------
-def timed(ledger: Ledger, worker: int, operation: Callable[[], object]) -> object:
-    """Do it, and keep how long it took if no other took longer."""
-    began = time.perf_counter_ns()
-    answer = operation()
-    ledger.put(worker, ledger.STALL, max(time.perf_counter_ns() - began, ledger.word(worker, ledger.STALL)))
-    return answer
-
-
 class Worker:
     """Changes its own keys in every way there is, and looks at those of the others, until told to stop."""
 
@@ -167,7 +160,7 @@ class Worker:
             assert found is GONE or is_sound(other, key, found), f"{key_name(other, key)}: {found!r:.200}"
 
     def timed(self, operation: Callable[[], object]) -> object:
-        return timed(self.ledger, self.number, operation)
+        return self.ledger.stalls.timed(self.number, operation)
 
     def choose(self, choice: int) -> tuple[list[dict[int, int]], Callable[[], object], object]:
         """What to do next: what each of its steps makes of which keys, how it is done, and what it has to answer."""
@@ -259,10 +252,10 @@ def crowd(cache: Cache, ledger: Ledger, worker: int, seed: str) -> None:
     while not ledger.word(worker, ledger.STOP):
         key = rng.randrange(COUNTERS, 200)
         if rng.randrange(10):
-            timed(ledger, worker, any_operation(cache, rng, key))
+            ledger.stalls.timed(worker, any_operation(cache, rng, key))
         else:
             for _ in range(4 if COMPILED else 1):
-                timed(ledger, worker, lambda: cache.set_many(burst))
+                ledger.stalls.timed(worker, lambda: cache.set_many(burst))
         found = cache.get(key_name(0, key), GONE)
         assert found is GONE or is_sound(0, key, found), f"{key_name(0, key)}: {found!r:.200}"
 
@@ -368,7 +361,7 @@ def keeping(trial: Trial, storm: Storm, cache: Cache, seed: str) -> Iterator[Non
         for number in range(storm.kills):
             victim = strike(trial, storm, cache, per_shard, ledger, workers)
             if number % storm.check_each == 0:
-                assert cache.check() == []
+                check(trial, storm, cache, ledger)
             unsure += (ledger.SHARED, 1) in ledger.intents(victim)
             for key in range(KEYS):
                 ledger.settle(victim, key, value_after_death(cache, ledger, victim, key))
@@ -400,7 +393,7 @@ def evicting(trial: Trial, storm: Storm, cache: Cache, seed: str) -> Iterator[No
         calm(trial, storm, ledger)
         for number in range(storm.kills):
             victim = strike(trial, storm, cache, per_shard, ledger, workers)
-            assert cache.check() == []
+            check(trial, storm, cache, ledger)
             assert len(cache) <= storm.options["max_entries"]
             workers[victim] = family.fork(crowd, cache, ledger, victim, f"{seed}-{victim}-{number}")
             yield
@@ -428,37 +421,32 @@ def strike(trial: Trial, storm: Storm, cache: Cache, per_shard: list[str], ledge
     if cache.stats().recoveries > before:
         trial.measure(f"end of a killed holder, {storm.name}", dead - struck)
         trial.measure(f"recovery, {storm.name}", recovered - dead)
-    trial.measure(f"longest operation of the others, {storm.name}", longest_operation(ledger, victim))
+    measure_stalls(trial, storm, ledger, "of the others", victim)
     return victim
 
 
-def longest_operation(ledger: Ledger, victim: int | None = None) -> float:
-    """Of all workers but the victim since this was last asked, in seconds."""
-    stalls = [ledger.word(worker, ledger.STALL) for worker in range(WORKERS) if worker != victim]
-    for worker in range(WORKERS):
-        ledger.put(worker, ledger.STALL, 0)
-    return max(stalls) / 1e9
+def measure_stalls(trial: Trial, storm: Storm, ledger: Ledger, when: str, victim: int | None = None) -> None:
+    """Note the longest operation since the last look of anybody but the victim."""
+    longest = ledger.stalls.take(victim)
+    trial.measure(f"longest operation {when}, {storm.name}", longest.operation)
+    if longest.but_for_cores is not None:
+        trial.measure(f"longest operation {when}, but for waiting for a core, {storm.name}", longest.but_for_cores)
 
 
 def calm(trial: Trial, storm: Storm, ledger: Ledger) -> None:
     """For comparison: how long operations take while nobody dies."""
     for _ in range(CALM):
         time.sleep(CALM_WINDOW)
-        trial.measure(f"longest operation with no death, {storm.name}", longest_operation(ledger))
+        measure_stalls(trial, storm, ledger, "with no death")
 
 
-@contextlib.contextmanager
-def going_first() -> Iterator[None]:
-    """Let this process run whenever it can, where that is allowed: what it measures is not its own wait for a core."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except PermissionError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+def check(trial: Trial, storm: Storm, cache: Cache, ledger: Ledger) -> None:
+    """Nothing contradicts itself. How long this made the others wait is another figure than what a death did."""
+    ledger.stalls.take()
+    assert cache.check() == []
+    if storm.check_each > 1:  # it takes long
+        time.sleep(AFTERMATH)
+        measure_stalls(trial, storm, ledger, "beside check()")
 
 
 def end(ledger: Ledger, workers: list[Child]) -> None:
