@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import get_ident
+from time import sleep
 from typing import Any
 
 try:
@@ -246,11 +247,13 @@ class Shard:
         return self.lock.release()
 
     def wait_for_own_thread(self) -> None:
-        """Uncompiled: return once no thread of this process holds the lock; LockTimeout if it is this very thread."""
-        if load(self.words, self.header + S_LOCK) == self.member.owner:
+        """Uncompiled: return once no thread of this process holds the lock; LockTimeout if it is this very thread.
+
+        No thread takes it any more, but one may have the mutex for as long as it waits for another process.
+        """
+        while load(self.words, self.header + S_LOCK) == self.member.owner and self.mutex().lock.locked():
             self.mutex().refuse_reentry()
-            with self.mutex().lock:
-                pass
+            sleep(0.0005)
 
     def mutex(self) -> Any:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
@@ -260,7 +263,7 @@ class Shard:
         """Uncompiled: raise LockTimeout in a child that a signal handler forked while this process had the mutex."""
         try:
             len(self.words)
-        except ValueError:  # `segment.py` released the view
+        except ValueError:  # `attachment.py` released the view
             raise forked_within() from None
 
     def is_entered(self) -> bool:
