@@ -32,6 +32,7 @@ __all__ = [
     "is_setting_up",
     "try_lock_byte",
     "under_setup_lock",
+    "unlock_byte",
 ]
 
 Result = TypeVar("Result")
@@ -69,13 +70,10 @@ class Mutex:
             )
 
 
-# A mutex may be held by a thread that a fork left behind, so each process has its own.
-_setup_mutexes: dict[int, Mutex] = {}
+# A mutex may be held by a thread that a fork left behind, so each process has its own. And so has each lock file: who
+# waits for one cache holds up nobody at another. (A process has one descriptor of a lock file, so the number will do.)
+_setup_mutexes: dict[tuple[int, int], Mutex] = {}
 _atomic_mutexes: dict[int, Mutex] = {}
-
-
-def _own_mutex(mutexes: dict[int, Mutex]) -> Mutex:
-    return mutexes.setdefault(process_epoch(), Mutex())
 
 
 def is_setting_up() -> bool:
@@ -97,7 +95,7 @@ def under_setup_lock(fd: int, timeout: float, work: Callable[[], Result]) -> Res
     Raises LockTimeout when others take longer than `timeout` seconds, CacheClosed where `fd` was closed meanwhile.
     """
     epoch = process_epoch()
-    mutex = _own_mutex(_setup_mutexes)
+    mutex = _setup_mutexes.setdefault((epoch, fd), Mutex())
     mutex.refuse_reentry()
     with mutex.lock:
         try:
@@ -147,7 +145,7 @@ class Guard:
     @property
     def mutex(self) -> Mutex:
         """To be held, among the threads of this process, from before `take` until after the byte is given back."""
-        return _own_mutex(_atomic_mutexes)
+        return _atomic_mutexes.setdefault(process_epoch(), Mutex())
 
     def take(self) -> bool:
         """Take the byte; False when that lasts too long, for instance because its holder was stopped just here."""
@@ -173,6 +171,10 @@ def try_lock_byte(fd: int, byte: int) -> bool:
             return False
         raise
     return True
+
+
+def unlock_byte(fd: int, byte: int) -> None:
+    fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
 
 
 def is_byte_locked(fd: int, byte: int, count: int = 1) -> bool:

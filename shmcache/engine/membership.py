@@ -4,7 +4,7 @@ A process takes a line of the table by locking the byte of that number in the ca
 generation. The kernel drops the lock when the process ends, however it ends; pids, which mean nothing across pid
 namespaces and are reused, prove nothing here. POSIX record locks belong to a process: a forked child has none and
 takes a line of its own. They vanish when the process closes *any* descriptor of the file, so it is opened once
-(`segment.py`).
+(`descriptors.py`); and as other code of the process may open and close it, `join` is repeated now and then.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
-from shmcache.engine.bytelock import forked_within, is_byte_locked, try_lock_byte, under_setup_lock
+from shmcache.engine.bytelock import forked_within, is_byte_locked, try_lock_byte, under_setup_lock, unlock_byte
 from shmcache.errors import CacheClosed, TooManyProcesses
 
 __all__ = ["Member", "Registry"]
@@ -60,7 +60,14 @@ class Member:
                 store(self.words, word, wrap(load(self.words, word) + by))
 
     def join(self, timeout: float) -> None:
-        """Take a line of the process table; raises TooManyProcesses, or LockTimeout after `timeout` seconds."""
+        """Have a line of the process table: the one it had, if it still has it, or another.
+
+        Raises TooManyProcesses, or LockTimeout after `timeout` seconds.
+        """
+        if self.owner:
+            if self.registry.has_line():
+                return
+            self.forget()
         self.registry.take_line(timeout)
         line: cython.ulonglong = self.registry.own_line
         self.counters = self.registry.line(line) + P_COUNTERS
@@ -97,6 +104,24 @@ class Registry:
     def line(self, number: int) -> int:
         """The word index of a line of the table."""
         return HEADER_WORDS + number * PROCESS_WORDS
+
+    def has_line(self) -> bool:
+        """Whether this process's line is its own. A lock that was lost is taken again, if nobody has had it meanwhile.
+
+        Of a closed cache, whose line is given back, nothing can be said, and nothing is done.
+        """
+        fd, line = self.fd, self.own_line
+        if self._own_epoch != process_epoch():
+            return False
+        try:
+            if not try_lock_byte(fd, line):
+                return False
+            if load(self.words, self.line(line) + P_GENERATION) & GENERATION_MASK == self.own_generation:
+                return True
+            unlock_byte(fd, line)  # another process has had it meanwhile
+            return False
+        except (OSError, ValueError):
+            return True
 
     def take_line(self, timeout: float) -> None:
         """Lock a byte, start a new generation of its line, and fold what its last process counted into the totals."""

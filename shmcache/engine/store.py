@@ -546,10 +546,10 @@ class Store:
         current = attachment is not None and attachment.is_current()  # lets other threads run
         if self.epoch == CLOSED:
             raise self.closed()
-        if not current:
+        if not current or self.attachment is not attachment:
             self._reattach(attachment)
-        elif self.epoch != epoch:
-            self.member.join(self.timeout_ns / 1e9)
+        else:
+            attachment.member.join(self.timeout_ns / 1e9)
             self.epoch = epoch
         self.next_check = now + CHECK_NS
 
