@@ -7,14 +7,15 @@ import inspect
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Self
 
+from shmcache import attachment as attachments
 from shmcache import segment
+from shmcache.attachment import Attachment
 from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
@@ -114,7 +115,11 @@ class Cache(Store):
 
     @classmethod
     def attach(cls, name: str, **options: Any) -> Self:
-        """Attach to a live cache; raises CacheNotFound where `Cache(name)` would create one. Takes the same options."""
+        """Attach to a live cache; raises CacheNotFound where `Cache(name)` would create one. Takes the same options.
+
+        If the cache is unlinked later, operations raise CacheNotFound as long as there is none; once another process
+        has made it anew, whatever its geometry, they go on there.
+        """
         return cls(name, **options, _create=False)
 
     @classmethod
@@ -149,13 +154,12 @@ class Cache(Store):
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self, wish: Wish) -> None:
         epoch = self._process_epoch()
-        attachment = segment.attach(wish)
-        attachment.caches.add(self)
+        attachment = attachments.attach(wish, self)
         ttl = wish.default_ttl_ns
         self._adopt(attachment, attachment.default_ttl_ns if ttl is None else ttl, epoch)
 
-    def _reattach(self, old: segment.Attachment | None) -> None:
-        with segment.process_mutex():
+    def _reattach(self, old: Attachment | None) -> None:
+        with segment.mutex_of(self.name):
             if self._closed or self.attachment not in (old, None):
                 return  # another thread has seen to it
             if self.attachment is None:
@@ -171,18 +175,19 @@ class Cache(Store):
             except (SegmentTooLarge, SharedMemoryUnavailable):
                 # No room for two. Memory is given back when nobody has it any more, descriptors when this process has
                 # closed them: let go, and wait for the other processes to do so.
-                for cache in list(old.caches):
+                for cache in list(old.users):
                     cache._let_go(old)
                 old.forget_memory()
                 self._await_room()
             else:
-                segment.release(old)
+                if self.attachment is not old:
+                    attachments.release(old, self)
 
-    def _let_go(self, old: segment.Attachment) -> None:
+    def _let_go(self, old: Attachment) -> None:
         if self.attachment is old:
             self._before = self._wish_for(old)
             self._abandon(adrift=True)
-            segment.release(old)
+            attachments.release(old, self)
 
     def _open_as_before(self) -> None:
         """With the geometry it had; where somebody has made the cache anew with another one, with that."""
@@ -208,7 +213,7 @@ class Cache(Store):
                     raise
             time.sleep(0.005)
 
-    def _wish_for(self, attachment: segment.Attachment) -> Wish:
+    def _wish_for(self, attachment: Attachment) -> Wish:
         """A wish for a cache like this one."""
         geometry = attachment.geometry
         return replace(
@@ -228,12 +233,17 @@ class Cache(Store):
             attachment = self.attachment
             self._abandon()
             if attachment is not None:
-                segment.release(attachment)
+                attachments.release(attachment, self)
 
     def unlink(self) -> None:
         """Remove the cache from this machine, then close. Other processes that have it attached move to a new one."""
-        self._attached()
+        attachment = self._attached()
         segment.unlink(self.name, self._wish.timeout)
+        if attachment.is_current():
+            raise PermissionError(
+                f"cache {self.name!r} belongs to uid {os.fstat(attachment.segment_fd).st_uid}, and this process, which "
+                f"has it from before it became uid {os.geteuid()}, may not unlink it: do so as that user"
+            )
         self.close()
 
     def __enter__(self) -> Self:
@@ -242,11 +252,6 @@ class Cache(Store):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # When the interpreter ends, modules that closing needs may be emptied; `atexit` has detached by then.
-        if not getattr(self, "_closed", True) and not _is_finalizing():
-            self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         geometry = self._attached().geometry

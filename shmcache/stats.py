@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from shmcache.attachment import Attachment
 from shmcache.engine import layout
 from shmcache.engine.primitives import load
-from shmcache.segment import Attachment
 
 __all__ = ["EntryInfo", "ProcessStats", "Stats", "collect"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, is_compiled, segment
+from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, attachment, is_compiled, segment
 from shmcache.engine import layout
 from tests.processes import DEADLINE, WAYS_TO_LEAVE, Child, Family, Gate, files, no_gc, read, run_python, until
 
@@ -102,7 +102,7 @@ def unfinished_semaphores() -> set[Path]:
 
 
 def steps_of_creation() -> list[tuple[str, int]]:
-    """Calls of `segment` during a creation, before which a creator can die: the function and which call of it."""
+    """Calls during a creation, before which a creator can die: the function and which call of it."""
     header = [("store", number) for number in range(1, 17)]
     return [("_create", 1), ("_reserve", 1), *header, ("start_reaper", 1)]
 
@@ -111,7 +111,8 @@ def steps_of_creation() -> list[tuple[str, int]]:
 def test_the_creator_dies_before_this_step(name: str, function: str, call: int) -> None:
     def create() -> None:
         calls = 0
-        real = getattr(segment, function)
+        module = attachment if function in ("_create", "start_reaper") else segment
+        real = getattr(module, function)
 
         def stand_in(*args: object) -> object:
             nonlocal calls
@@ -120,7 +121,7 @@ def test_the_creator_dies_before_this_step(name: str, function: str, call: int) 
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
 
-        setattr(segment, function, stand_in)
+        setattr(module, function, stand_in)
         Cache(name, max_bytes=SMALL, ephemeral=True)
 
     assert Child(create).wait() == -signal.SIGKILL

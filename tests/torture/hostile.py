@@ -27,7 +27,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 import numpy
 
-from shmcache import Cache, CorruptSegment, IncompatibleSegment, LockTimeout, ShmcacheError, is_compiled, segment
+from shmcache import Cache, CorruptSegment, IncompatibleSegment, LockTimeout, ShmcacheError, attachment, is_compiled
 from shmcache.engine import layout
 from tests.processes import Child, Family, no_gc
 from tests.torture.campaign import Part, Trial
@@ -696,8 +696,8 @@ def in_batch(name: str, live: int, seed: str, board: Board) -> None:
 def prepare() -> None:
     """In a child: map what it attaches to between guards, and forget what its parent has attached to."""
     faulthandler.enable()
-    vars(segment)["mmap"] = SimpleNamespace(mmap=map_guarded)
-    segment._attachments.clear()
+    vars(attachment)["mmap"] = SimpleNamespace(mmap=map_guarded)
+    attachment._attachments.clear()
 
 
 def use_for_ever(name: str, timeout: float, seed: str, board: Board) -> None:

@@ -1,0 +1,206 @@
+"""The descriptors that this process has of the files of caches: how they are opened, shared and closed.
+
+A descriptor belongs to an object from the moment it is open, and is closed when nobody has that object any more; so no
+exception leaks one. (A signal handler that raises just then may keep it from being closed: then it is when the next one
+is opened.) A process has one descriptor of a lock file, whoever needs it, because closing a second one would drop all
+that the process has locked. And a number that somebody else has closed is not closed again: it may be another file's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Self
+
+import posix_ipc
+
+from shmcache.engine.primitives import process_epoch
+
+__all__ = ["Descriptor", "LockFile", "is_open", "open_file", "open_lock_file", "open_shared_memory", "standard_taken"]
+
+
+class Descriptor(io.FileIO):
+    """An open file that closes itself when it is collected."""
+
+    identity: tuple[int, int] | None = None  # device and inode, once they are known
+
+    def link_count(self) -> int:
+        """How many names the file has; 0 also if somebody has closed the descriptor."""
+        try:
+            status = os.fstat(self.fileno())
+        except (OSError, ValueError):
+            return 0
+        return status.st_nlink if (status.st_dev, status.st_ino) == self.identity else 0
+
+    def is_lost(self) -> bool:
+        """Whether somebody else has closed it (daemons close all there are), so that its number may be another's."""
+        return not self.closed and self.identity not in (None, _identity(self.fileno()))
+
+    def close_own(self) -> None:
+        """Close it, unless somebody else has."""
+        if not self.closed and not self.is_lost():
+            number = self.fileno()
+            self.close()
+            _numbers.pop(number, None)
+
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When the interpreter ends, modules may be emptied; closing says nothing then, where the base class would warn.
+        if not _is_finalizing() and self.is_lost():
+            _lost.append(self)
+            return
+        if not self.closed:
+            number = self.fileno()
+            try:  # noqa: SIM105
+                self.close()
+            except OSError:
+                pass
+            _numbers.pop(number, None)
+
+
+class LockFile:
+    """The lock file of a cache, open, and whether this process says by an flock that it uses the cache.
+
+    A forked child has the file from its parent, and with it the parent's flock, before it does anything. At the end of
+    a `with` block it is closed, unless it has `users`: somebody may keep an exception, and so all that frames refer to.
+    """
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.descriptor = descriptor
+        self.fd = descriptor.fileno()
+        self.identity = descriptor.identity
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
+        self.spare: list[Descriptor] = []
+        self._epoch = process_epoch()
+        self._in_use_here = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_unless_used()
+
+    def close_unless_used(self) -> None:
+        """Close it if it has no users. The caller excludes other threads that want the same file."""
+        if not self.users:
+            for descriptor in (self.descriptor, *self.spare):
+                descriptor.close_own()
+
+    def is_open(self) -> bool:
+        """Whether it can be used: neither we nor others have closed it."""
+        return not self.descriptor.closed and not self.descriptor.is_lost()
+
+    def use(self) -> None:
+        """Say that the cache is in use, as long as the file is open; waits for a reaper that just looks."""
+        fcntl.flock(self.fd, fcntl.LOCK_SH)
+        self._in_use_here = True
+
+    def is_in_use(self) -> bool:
+        """Whether anybody says so. Asking would take away what this process, or its parent, has said."""
+        if self._in_use_here or self._epoch != process_epoch():
+            return True
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        return False
+
+
+_numbers: dict[int, tuple[int, int]] = {}  # what files the open ones are
+_open: weakref.WeakValueDictionary[int, Descriptor] = weakref.WeakValueDictionary()  # by number
+_lost: list[Descriptor] = []  # kept, for they would be closed when collected
+_lock_files: weakref.WeakValueDictionary[tuple[int, int] | None, LockFile] = weakref.WeakValueDictionary()
+
+
+def open_file(path: Path | str, flags: int) -> Descriptor:
+    """Open a file that a forked child inherits and another program does not."""
+    return _owned(map(os.open, [path], [flags | os.O_CLOEXEC], [0o600]))
+
+
+def open_shared_memory(name: str, flags: int) -> Descriptor:
+    """Open a POSIX shared memory object."""
+    return _owned(map(attrgetter("fd"), map(partial(posix_ipc.SharedMemory, flags=flags, mode=0o600), [name])))
+
+
+def _owned(numbers: Iterator[int]) -> Descriptor:
+    _tidy()
+    # From C to C: no signal handler, which might raise, runs between opening and owning.
+    descriptor = next(map(Descriptor, numbers))
+    number = descriptor.fileno()
+    descriptor.identity = identity = _identity(number)
+    assert identity is not None
+    _open[number] = descriptor
+    _numbers[number] = identity
+    return descriptor
+
+
+def _tidy() -> None:
+    """Keep what is lost, for a new one may get its number, and close what lost its object without being closed."""
+    for number, identity in list(_numbers.items()):
+        is_same = _identity(number) == identity
+        known = _open.get(number)
+        if known is None and is_same and identity not in _lock_files:
+            with contextlib.suppress(OSError):
+                os.close(number)
+        elif known is not None and not is_same:
+            _lost.append(known)
+        if known is None or not is_same:
+            _numbers.pop(number, None)
+
+
+def _identity(number: int) -> tuple[int, int] | None:
+    """Device and inode of an open file."""
+    try:
+        status = os.fstat(number)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def open_lock_file(path: Path, flags: int) -> LockFile:
+    """The one this process has open, or a new one. The caller excludes other threads that want the same file."""
+    if (known := _known(path)) is not None:
+        return known
+    descriptor = open_file(path, flags)
+    known = _lock_files.get(descriptor.identity)
+    if known is not None and known.is_open():  # somebody has just given it this name
+        known.spare.append(descriptor)
+        return known
+    lock_file = _lock_files[descriptor.identity] = LockFile(descriptor)
+    return lock_file
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process has this lock file open."""
+    return _known(path) is not None
+
+
+def _known(path: Path) -> LockFile | None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    known = _lock_files.get((status.st_dev, status.st_ino))
+    return known if known is not None and known.is_open() else None
+
+
+@contextlib.contextmanager
+def standard_taken() -> Iterator[None]:
+    """Fill what is closed of 0, 1 and 2 meanwhile: a segment there would get whatever is written to stderr."""
+    filler = [open_file(os.devnull, os.O_RDWR)]
+    while filler[-1].fileno() <= 2:
+        filler.append(open_file(os.devnull, os.O_RDWR))
+    filler.pop()
+    try:
+        yield
+    finally:
+        for each in filler:
+            each.close_own()
