@@ -331,10 +331,11 @@ class Cache(Store):
         """A decorator that caches what a function, or a coroutine function, returns for its arguments.
 
         `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. `name`
-        tells functions apart; without it that is module, qualified name and code, so a changed function does not read
-        what it stored before. Of the variables of a function around it, keys count with the value they have when it is
-        decorated, functions with their code, classes and modules with their names; any other value is a TypeError
-        unless there is a `key` or a `name`. Processes that miss at the same time compute at the same time.
+        tells functions apart; without it that is module, qualified name, code, defaults and what the function closes
+        over, and the same of `key`, so a changed function does not read what it stored before. What cannot be told
+        apart, such as a closed-over list, is a TypeError that says so. Global variables of a module do not count, nor
+        does what changes after the function was decorated. `fingerprint.py` has the whole rule. Processes that miss at
+        the same time compute at the same time.
 
         The decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
         """

@@ -1,18 +1,20 @@
-"""Caching what a function returns: `Cache.memoize` lives in this file."""
+"""Caching what a function returns: `Cache.memoize` lives in this file.
+
+A result's key is the name of its function, given or made with `fingerprint.py`, and the arguments, bound to the
+parameters that the function itself has: those of a function that it wraps do not tell what it does with them.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from shmcache.codec import encode_key
 from shmcache.engine.store import DEFAULT
 from shmcache.errors import SerializationError
+from shmcache.fingerprint import beneath_lru_cache, fingerprint, memoized_names
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -51,10 +53,9 @@ def memoize(
     """
     label, signature = _inspect(function)
     if name is None:
-        name = label
-        told_by = function if isinstance(function, (FunctionType, MethodType)) else inspect.unwrap(function)
-        if isinstance(told_by, (FunctionType, MethodType)):
-            name += "-" + _digest(told_by, strict=key is None).hex()
+        name = f"{label}-{fingerprint(function, label)}"
+        if key is not None:
+            name += f"-{fingerprint(key, f'the key function of {label}')}"
     extra = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
     hits = misses = 0
 
@@ -139,6 +140,7 @@ def memoize(
         hits = misses = 0
         return cache.delete_many(entries())
 
+    memoized_names[wrapper] = name
     decorated: Any = wrapper
     decorated.cache_key = cache_key
     decorated.cache_info = cache_info
@@ -148,83 +150,15 @@ def memoize(
 
 
 def _inspect(function: Any) -> tuple[str, inspect.Signature]:
-    """The name of a function, with its module, and its signature; raises TypeError for what has none."""
+    """The name of a function, with its module, and its own signature; raises TypeError for what has none."""
     kind = type(function).__name__
     if isinstance(function, (staticmethod, classmethod, property, functools.cached_property)):
         raise TypeError(f"memoize decorates functions, not a {kind}: put it below @{kind}, next to the def")
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not callable(function) or not isinstance(module, str) or not isinstance(name, str):
+    if not callable(function) or not isinstance(name, str):
         raise TypeError(f"memoize decorates functions, not {kind} ({function!r}): write a def that calls it")
+    label = f"{module}.{name}" if isinstance(module, str) else name
     try:
-        return f"{module}.{name}", inspect.signature(function)
+        return label, inspect.signature(beneath_lru_cache(function), follow_wrapped=False)
     except ValueError:
-        raise TypeError(f"{module}.{name} does not tell what its parameters are: write a def that calls it") from None
-
-
-def _digest(function: FunctionType | MethodType, strict: bool) -> bytes:
-    """What tells two functions of one name apart: eight bytes of their code, and of what they close over.
-
-    Where `strict`, raises TypeError for a closed-over value that neither is a key nor is told by a name or code.
-    """
-    digest = hashlib.blake2s(_digest_code(function.__code__), digest_size=8)
-    for variable, value in _closed_over(function):
-        digest.update(variable.encode())
-        inner = inspect.unwrap(value) if callable(value) else value
-        if isinstance(inner, FunctionType):
-            digest.update(f"{inner.__module__}.{inner.__qualname__}".encode())
-            # Functions may close over each other: only keys count of what this one closes over.
-            digest.update(_digest_code(inner.__code__))
-            for name, deeper in _closed_over(inner):
-                digest.update(name.encode() + (_encode(deeper) or b""))
-        elif isinstance(inner, type) or (
-            isinstance(inner, BuiltinFunctionType) and isinstance(inner.__self__, (ModuleType, type(None)))
-        ):
-            digest.update(f"{inner.__module__}.{inner.__qualname__}".encode())
-        elif isinstance(inner, ModuleType):
-            digest.update(inner.__name__.encode())
-        else:
-            encoded = _encode(value)
-            if encoded is not None:
-                digest.update(encoded)
-            elif strict:
-                raise TypeError(
-                    f"{function.__qualname__} closes over {variable}, a {type(value).__name__}: two such functions "
-                    f"would share results; give it a name of its own with memoize(name=...)"
-                )
-    return digest.digest()
-
-
-def _closed_over(function: FunctionType | MethodType) -> list[tuple[str, Any]]:
-    """The variables of functions around it, with their values; without those that have none yet, as its own name.
-
-    What a method is bound to counts as one.
-    """
-    found: list[tuple[str, Any]] = []
-    if isinstance(function, MethodType):
-        found.append(("self", function.__self__))
-    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # the cell is empty
-            found.append((variable, cell.cell_contents))
-    return found
-
-
-def _encode(value: object) -> bytes | None:
-    """The bytes of a key; None for a value that is none."""
-    try:
-        return encode_key(value)
-    except SerializationError:
-        return None
-
-
-def _digest_code(code: CodeType) -> bytes:
-    """Eight bytes of instructions, names and constants."""
-    digest = hashlib.blake2s(code.co_code, digest_size=8)
-    digest.update(repr((code.co_names, code.co_varnames)).encode())
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            digest.update(_digest_code(constant))
-        elif isinstance(constant, frozenset):
-            digest.update(repr(sorted(map(repr, constant))).encode())  # its own order differs between processes
-        else:
-            digest.update(repr(constant).encode(errors="surrogatepass"))
-    return digest.digest()
+        raise TypeError(f"{label} does not tell what its parameters are: write a def that calls it") from None

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 from uuid import UUID
 
@@ -1493,23 +1493,26 @@ def test_memoize_tells_closures_apart_by_what_they_close_over(cache: Cache) -> N
     assert applier(cache.memoize()(times(5)))(10) == 50
 
 
-def test_memoize_of_closures_over_functions_classes_and_modules(cache: Cache) -> None:
-    class Base:
-        size = 1
+class Base:
+    size = 1
 
+
+def test_memoize_of_closures_over_functions_classes_and_modules(cache: Cache) -> None:
     class Derived(Base):
-        @cache.memoize(key=lambda self, n: n)
+        @cache.memoize(key=lambda self, n: n, name="grow")
         def grow(self, n: int) -> Any:
             return (super().__init__(), Base.size + n)
 
     def twice(n: int) -> int:
         return n * Base.size * 2
 
+    base = Base
+
     @cache.memoize()
     def factorial(n: int) -> int:
         if n == 0:
             return 1
-        assert math.pi > Base.size
+        assert math.pi > base.size
         product: int = n * factorial(n - 1) * twice(1) // 2
         return product
 
@@ -1525,7 +1528,7 @@ def test_memoize_of_closures_over_functions_classes_and_modules(cache: Cache) ->
     assert root(81) == 9
 
 
-def test_memoize_of_a_closure_over_anything_else_needs_a_name_or_a_key(cache: Cache) -> None:
+def test_memoize_of_a_closure_over_anything_else_needs_a_name(cache: Cache) -> None:
     class Foo:
         def method(self, n: int) -> int:
             return n
@@ -1538,10 +1541,13 @@ def test_memoize_of_a_closure_over_anything_else_needs_a_name_or_a_key(cache: Ca
     says = r"show closes over n, a list: two such functions would share results; .*memoize\(name=\.\.\.\)"
     with pytest.raises(TypeError, match=says):
         cache.memoize()(show)
-    with pytest.raises(TypeError, match="method closes over self, a Foo"):
+    with pytest.raises(TypeError, match=says):
+        cache.memoize(key=lambda a: a)(show)
+    with pytest.raises(TypeError, match=r"the key function of .*method closes over n, a list"):
+        cache.memoize(key=lambda self, a: (n, a))(Foo.method)
+    with pytest.raises(TypeError, match="method is bound to self, a Foo"):
         cache.memoize()(foo.method)
     assert cache.memoize(name="show")(show)(2) == "[1] 2"
-    assert cache.memoize(key=lambda a: a)(show)(2) == "[1] 2"
     assert cache.memoize(name="method")(foo.method)(2) == 2
 
 
@@ -1607,7 +1613,7 @@ def test_memoize_takes_no_arguments_for_others(cache: Cache) -> None:
 def test_memoize_with_a_key_of_ones_own(cache: Cache) -> None:
     calls: list[Any] = []
 
-    @cache.memoize(key=lambda items, strict=False: (sorted(items)[0], strict))
+    @cache.memoize(key=lambda items, strict=False: (sorted(items)[0], strict), name="smallest")
     def smallest(items: list[int], strict: bool = False) -> int:
         calls.append(items)
         return min(items)
@@ -1618,6 +1624,40 @@ def test_memoize_with_a_key_of_ones_own(cache: Cache) -> None:
     assert len(calls) == 2
     assert cache[smallest.cache_key([1])] == 1
     assert smallest.cache_clear() == 2
+
+
+def test_memoize_tells_functions_apart_by_their_key_functions(cache: Cache) -> None:
+    def show(item: complex) -> str:
+        return repr(item)
+
+    real = cache.memoize(key=lambda item: item.real)(show)
+    imag = cache.memoize(key=lambda item: item.imag)(show)
+    assert real(1 + 2j) == "(1+2j)"
+    assert imag(2 + 1j) == "(2+1j)"
+
+
+def test_memoize_of_a_wrapper_binds_to_the_parameters_of_the_wrapper(cache: Cache) -> None:
+    """The function that it wraps may have other defaults, or be given other arguments."""
+
+    def scaled(n: int, scale: int = 1) -> int:
+        return n * scale
+
+    @wraps(scaled)
+    def wrapper(n: int, scale: int = 5) -> int:
+        return scaled(n, scale)
+
+    memoized = cache.memoize()(wrapper)
+    assert (memoized(2), memoized(2, 1), memoized(2, scale=5)) == (10, 2, 10)
+    assert memoized.cache_info() == (1, 2, 2)
+
+    @wraps(scaled)
+    def opaque(*args: int, **kwargs: int) -> int:
+        return scaled(*args, **{"scale": 5, **kwargs})
+
+    memoized = cache.memoize()(opaque)
+    assert (memoized(2), memoized(2, scale=1)) == (10, 2)
+    assert (memoized(2), memoized(2, scale=1)) == (10, 2)
+    assert memoized.cache_info() == (2, 2, 2)
 
 
 def test_memoize_of_a_coroutine_function(cache: Cache, clock: Clock) -> None:
