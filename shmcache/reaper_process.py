@@ -1,6 +1,7 @@
 """The reaper of one ephemeral cache: a program of its own, which imports nothing of shmcache; `reaper.py` starts it.
 
-It sleeps in the kernel until nobody has the lock file of the cache locked, then removes the files, and ends.
+It sleeps in the kernel until nobody has the lock file of the cache locked, then removes the files, and ends. Whoever
+stops a service tells every process of it to terminate, so the reaper stays a while for the others to do so first.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import sys
+
+PATIENCE = 10  # seconds that it goes on for after it was told to terminate
 
 
 def main() -> None:
@@ -22,6 +26,7 @@ def main() -> None:
     if os.fstat(fd).st_ino != inode:
         return
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    signal.signal(signal.SIGTERM, terminate_later)
     if os.fork():
         os._exit(0)
     try:
@@ -29,6 +34,11 @@ def main() -> None:
     except OSError:
         return
     wait_and_remove(fd, setup, paths)
+
+
+def terminate_later(*_: object) -> None:
+    """Have the kernel end this process when its patience has."""
+    signal.alarm(PATIENCE)
 
 
 def wait_and_remove(fd: int, setup: int, paths: list[str]) -> None:

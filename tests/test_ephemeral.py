@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shmcache import Cache, reaper, segment
+from shmcache import Cache, reaper, reaper_process, segment
 from tests.processes import (
     WAYS_TO_LEAVE,
     Child,
@@ -74,6 +74,42 @@ def test_an_ephemeral_cache_goes_with_its_last_process(name: str, leave: Callabl
         leave(again)
         until(lambda: files(name) == [], 5)
         until(lambda: reapers(name) == [], 5)
+
+
+def test_a_reaper_that_is_told_to_terminate_with_everybody_else_still_removes_the_cache(name: str) -> None:
+    """As when a service is stopped: systemd sends SIGTERM to every process of its control group."""
+    with Family() as family:
+        users = [family.python() for _ in range(2)]
+        for user in users:
+            user.ask(f"(c := Cache({name!r}, max_bytes={SMALL}, ephemeral=True))")
+        until(lambda: len(reapers(name)) == 1, 5)
+        [waiting] = reapers(name)
+        waiting.terminate()
+        users[0].process.terminate()
+        until(lambda: has_ended(users[0].pid))
+        assert users[1].ask("c.check()") == []
+        leave_by_sigkill(users[1])
+        until(lambda: files(name) == [], 5)
+        until(lambda: reapers(name) == [], 5)
+
+
+def test_a_reaper_that_is_told_to_terminate_does_so_in_the_end_when_others_go_on(name: str) -> None:
+    def alarm() -> None:
+        reaper_process.terminate_later()
+        assert 0 < signal.alarm(0) <= reaper_process.PATIENCE
+
+    with Family() as family:
+        assert family.fork(alarm).wait() == 0
+        user = family.python()
+        user.ask(f"(c := Cache({name!r}, max_bytes={SMALL}, ephemeral=True))")
+        until(lambda: len(reapers(name)) == 1, 5)
+        [waiting] = reapers(name)
+        waiting.send_signal(signal.SIGALRM)
+        until(lambda: has_ended(waiting.pid))
+        assert files(name) != []
+        assert user.ask("c.check()") == []
+        user.ask("c.close()")
+        assert files(name) == []
 
 
 def test_a_reaper_that_cannot_be_started_is_a_warning(

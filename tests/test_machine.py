@@ -10,6 +10,7 @@ import errno
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import resource
@@ -183,6 +184,31 @@ def test_shared_memory_that_somebody_else_fills_during_creation(megabytes: int, 
             filler.poll()
 
     in_own_shared_memory(work, f"size={megabytes}m")
+
+
+def test_the_default_cache_takes_all_of_the_shared_memory_of_a_container() -> None:
+    """It fits in, and nothing else does, as docs/deployment.md says."""
+
+    def work() -> None:
+        said = listen()
+        for ephemeral in (False, True):
+            with Cache("cache", ephemeral=ephemeral) as cache:
+                assert cache.stats().max_bytes == 64 * 2**20
+                assert len(files("cache")) == 2 + cache.attachment.geometry.shards
+                use_it_all(cache)
+                with pytest.raises(SegmentTooLarge, match=r"--shm-size=128m"):
+                    Cache("another", max_bytes="1MB")
+                with pytest.raises(OSError, match="No space left"):
+                    multiprocessing.get_context("fork").Pool(2)
+                cache.unlink()
+        with Cache("cache", max_bytes="48MB") as cache:
+            with multiprocessing.get_context("fork").Pool(2) as pool:
+                assert pool.map(abs, [-1]) == [1]
+            cache.unlink()
+        assert said == []
+        assert os.listdir(SHM) == []
+
+    in_own_shared_memory(work, "size=64m")
 
 
 def test_no_room_for_the_semaphores_only() -> None:
