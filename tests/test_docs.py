@@ -11,7 +11,7 @@ What is done with a block is in its info string, and an unknown one is an error,
     sh server           the command of a server at 127.0.0.1:8000: run at an address of the test's, and asked
     sh elsewhere        commands for another machine: parsed
     yaml, dockerfile    parsed
-    ini                 parsed, and saved if `file=NAME` follows
+    ini                 parsed, and saved if `file=NAME` follows; a unit is verified where systemd is installed
     text                not code
 
 What needs something that is not installed is named in the reason for which the test is then reported as skipped.
@@ -27,6 +27,7 @@ import doctest
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -181,6 +182,17 @@ class Runner:
         assert option in ("", "file"), block
         if file:
             (self.directory / file).write_text(code)
+        if file.endswith(".service") and (verify := shutil.which("systemd-analyze")):
+            self.verify_unit(verify, block, self.directory / file, parser["Service"]["ExecStart"].split()[0])
+
+    def verify_unit(self, verify: str, block: Block, unit: Path, program: str) -> None:
+        """A unit has nothing that systemd does not know, but for its program, which is not installed here."""
+        unit.write_text(unit.read_text().replace(program, sys.executable))
+        done = subprocess.run(
+            [verify, "--man=no", "verify", unit], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        said = [line for line in done.stderr.splitlines() if unit.name in line]
+        assert not said, f"{block}\n{done.stderr}"
 
     def run_dockerfile(self, block: Block, code: str, argument: str) -> None:
         instructions = re.sub(r"\\\n", " ", code).splitlines()
