@@ -1,28 +1,21 @@
 """Values and keys to msgpack bytes and back: a type comes back as the type it was, or it is refused.
 
 What msgpack has no type for is an extension, numbered in `Extension`; the payload of each is described there, so that
-another language can read it. Bytes are never trusted: whatever they hold, decoding gives a value or raises
-`SerializationError`, and pickled bytes are loaded by a codec that was made with "pickle" only.
+another language can read it. Containers are done here, all else in `extensions.py`. Bytes are never trusted: whatever
+they hold, decoding gives a value or raises `SerializationError`, and pickled bytes are loaded by a codec that was made
+with "pickle" only.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-import pickle
-import re
 import reprlib
 import struct
 from collections.abc import Callable, Iterable
-from datetime import date, datetime, time, timedelta, timezone, tzinfo
-from decimal import Decimal
 from enum import IntEnum
 from functools import partial
 from itertools import chain
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, Final, Protocol
-from uuid import UUID
-from zoneinfo import ZoneInfo
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
@@ -90,6 +83,8 @@ class Codec:
         self._revivers: Final = tuple(partial(self._revive, depth) for depth in range(MAX_NESTING + 1))
         self._revive_outermost: Final = self._revivers[0]
         if serializer == "pickle":
+            import pickle  # seldom
+
             self._foreign = Extension.PICKLE
             self._dumps, self._loads = partial(pickle.dumps, protocol=5), pickle.loads
         elif isinstance(serializer, str):
@@ -104,7 +99,7 @@ class Codec:
         else:
             raise TypeError(
                 f"a serializer is 'msgpack', 'pickle', or an object with dumps(obj) -> bytes and loads(bytes) -> obj, "
-                f"not {_type_name(type(serializer))}"
+                f"not {type_name(type(serializer))}"
             )
 
     def __reduce__(self) -> tuple[type[Codec], tuple[str | Serializer]]:
@@ -121,7 +116,7 @@ class Codec:
             return self._encode_foreign(value)
         if kind in _PLAIN:
             try:
-                data = _pack(value)
+                data = pack(value)
             except _PASSING:
                 raise
             except Exception:
@@ -132,8 +127,8 @@ class Codec:
                     return data
         try:
             lowered: Any = _lower(value, [])
-            return _extension(*lowered) if type(lowered) is _ExtType else _pack(lowered)
-        except _Refusal as refusal:
+            return _extension(*lowered) if type(lowered) is ExtType else pack(lowered)
+        except Refusal as refusal:
             raise SerializationError(f"cannot store value{refusal.path}: {refusal.reason}") from None
         except RecursionError:
             raise SerializationError("cannot store value: it is nested too deep for the stack that is left") from None
@@ -157,7 +152,7 @@ class Codec:
     def _encode_foreign(self, value: object) -> bytes:
         if type(value) in _SCALARS:
             try:
-                return _pack(value)
+                return pack(value)
             except (OverflowError, UnicodeEncodeError):
                 pass  # An int beyond 64 bits, a lone surrogate: the serializer may know better.
         try:
@@ -166,14 +161,14 @@ class Codec:
             raise
         except Exception as error:
             raise SerializationError(
-                f"cannot store value: serializer {self.serializer!r} failed on {_type_name(type(value))}: "
+                f"cannot store value: serializer {self.serializer!r} failed on {type_name(type(value))}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         if type(payload) is not bytes:
             hint = ": encode it, as in `return json.dumps(obj).encode()`" if isinstance(payload, str) else ""
             raise SerializationError(
                 f"cannot store value: dumps() of serializer {self.serializer!r} returned "
-                f"{_type_name(type(payload))}, not bytes{hint}"
+                f"{type_name(type(payload))}, not bytes{hint}"
             )
         assert self._foreign is not None
         try:
@@ -187,12 +182,14 @@ class Codec:
         if container is not None:
             if depth == MAX_NESTING:
                 raise SerializationError(f"the stored bytes are nested more than {MAX_NESTING} levels deep")
-            return container(_unpack_array(payload, depth, self._revivers[depth + 1]))
-        revive = _LEAVES.get(code)
-        if revive is not None:
-            return revive(payload)
+            return container(unpack_array(payload, depth, self._revivers[depth + 1]))
         if code == self._foreign:
             return self._loads(payload)
+        from shmcache.extensions import LEAVES  # seldom
+
+        revive = LEAVES.get(code)
+        if revive is not None:
+            return revive(payload)
         if code == Extension.PICKLE:
             raise SerializationError(
                 "the value was written with pickle, which runs code when it is read: "
@@ -216,14 +213,14 @@ def encode_key(key: object, name: str = "key") -> bytes:
     """
     if type(key) is tuple and _EASY_KEY_TYPES.issuperset(map(type, key)):
         try:
-            return _extension(Extension.TUPLE, _pack(list(key)))
+            return _extension(Extension.TUPLE, pack(list(key)))
         except _PASSING:
             raise
         except Exception:
             pass  # As in Codec.encode.
     try:
-        return _pack(_lower_key(key, 0))
-    except _Refusal as refusal:
+        return pack(_lower_key(key, 0))
+    except Refusal as refusal:
         raise SerializationError(f"cannot use {name}{refusal.path}: {refusal.reason}") from None
     except (ValueError, RecursionError) as error:
         raise SerializationError(f"cannot use {name}: {error}") from error
@@ -243,7 +240,7 @@ def decode_key(data: bytes) -> object:
 _Packer: Final = msgpack.Packer
 _Unpacker: Final = msgpack.Unpacker
 _unpackb: Final = msgpack.unpackb
-_ExtType: Final = msgpack.ExtType
+ExtType: Final = msgpack.ExtType
 
 _SCALARS: Final = frozenset({str, bytes, int, float, bool, type(None)})
 _PLAIN: Final = _SCALARS | {list, dict}  # What msgpack itself gives back as it was.
@@ -258,7 +255,7 @@ _STACK_DEPTH: Final = 1  # unpackb() takes 40 KB of C stack, of which a thread m
 _idle_packers: Final[list[Any]] = []
 
 
-def _pack(value: object) -> bytes:
+def pack(value: object) -> bytes:
     try:
         packer = _idle_packers.pop()
     except IndexError:
@@ -291,7 +288,7 @@ def _no_extension(code: int, payload: bytes) -> object:
     raise ValueError(f"extension {code} where there can be none")
 
 
-def _unpack_array(payload: bytes, depth: int, ext_hook: Callable[[int, bytes], object] = _no_extension) -> list[Any]:
+def unpack_array(payload: bytes, depth: int, ext_hook: Callable[[int, bytes], object] = _no_extension) -> list[Any]:
     if depth < _STACK_DEPTH:
         items = _unpackb(payload, strict_map_key=False, ext_hook=ext_hook)
     else:
@@ -326,7 +323,7 @@ def _is_plain(value: object) -> bool:
 # Lowering: the same value in nothing but what msgpack keeps, plain types and extensions
 
 
-class _Refusal(Exception):
+class Refusal(Exception):
     """Something that cannot be stored; each container on the way out adds its step to the path."""
 
     def __init__(self, reason: str) -> None:
@@ -343,29 +340,31 @@ def _lower(value: Any, parents: list[int]) -> object:
     """Return `value` lowered; `parents` are the ids of the containers it lies in."""
     kind = type(value)
     if kind is str:
-        return _checked_text(value)
+        return checked_text(value)
     if kind is int:
         return _lower_int(value)
     if kind in _SCALARS:
         return value
-    lower_leaf = _LOWER_LEAF.get(kind)
-    if lower_leaf is not None:
-        code, pack_payload = lower_leaf
-        return _ExtType(code, pack_payload(value))
     if kind is dict or kind is list or kind in _CONTAINER_CODES:
         if id(value) in parents:
-            raise _Refusal("a container that contains itself cannot be stored")
+            raise Refusal("a container that contains itself cannot be stored")
         if len(parents) == MAX_NESTING:
-            raise _Refusal(f"nested more than {MAX_NESTING} levels deep")
+            raise Refusal(f"nested more than {MAX_NESTING} levels deep")
         parents.append(id(value))
         lowered = _lower_dict(value, parents) if kind is dict else _lower_items(value, parents)
         parents.pop()
-        return _ExtType(_CONTAINER_CODES[kind], _pack(lowered)) if kind in _CONTAINER_CODES else lowered
+        return ExtType(_CONTAINER_CODES[kind], pack(lowered)) if kind in _CONTAINER_CODES else lowered
+    from shmcache.extensions import LOWER_LEAF, lower_numpy  # seldom
+
+    lower_leaf = LOWER_LEAF.get(kind)
+    if lower_leaf is not None:
+        code, pack_payload = lower_leaf
+        return ExtType(code, pack_payload(value))
     if kind.__module__ == "numpy":
-        extension = _lower_numpy(value)
+        extension = lower_numpy(value)
         if extension is not None:
             return extension
-    raise _Refusal(_unsupported(value))
+    raise Refusal(_unsupported(value))
 
 
 def _lower_items(items: Iterable[Any], parents: list[int]) -> list[object]:
@@ -374,9 +373,9 @@ def _lower_items(items: Iterable[Any], parents: list[int]) -> list[object]:
     try:
         for item in items:
             lowered.append(_lower(item, parents))
-    except _Refusal as refusal:
+    except Refusal as refusal:
         ordered = isinstance(items, (list, tuple))
-        refusal.steps.append(f"[{len(lowered)}]" if ordered else f"{{{_show(item)}}}")
+        refusal.steps.append(f"[{len(lowered)}]" if ordered else f"{{{show(item)}}}")
         raise
     return lowered
 
@@ -386,13 +385,13 @@ def _lower_dict(mapping: dict[Any, Any], parents: list[int]) -> dict[object, obj
     for key, value in mapping.items():
         try:
             lowered_key = _lower(key, parents)
-        except _Refusal as refusal:
-            refusal.steps.append(f"[key {_show(key)}]")
+        except Refusal as refusal:
+            refusal.steps.append(f"[key {show(key)}]")
             raise
         try:
             lowered[lowered_key] = _lower(value, parents)
-        except _Refusal as refusal:
-            refusal.steps.append(f"[{_show(key)}]")
+        except Refusal as refusal:
+            refusal.steps.append(f"[{show(key)}]")
             raise
     return lowered
 
@@ -400,40 +399,40 @@ def _lower_dict(mapping: dict[Any, Any], parents: list[int]) -> dict[object, obj
 def _lower_key(key: Any, depth: int) -> object:
     kind = type(key)
     if kind is str:
-        return _checked_text(key)
+        return checked_text(key)
     if kind is int:
         return _lower_int(key)
     if kind is float:
-        if math.isnan(key):
-            raise _Refusal("NaN equals nothing, so an entry under it could never be found")
+        if key != key:
+            raise Refusal("NaN equals nothing, so an entry under it could never be found")
         return key + 0.0  # Makes -0.0, which equals 0.0, the same bytes.
     if kind in _SCALARS:
         return key
     if kind is not tuple:
-        raise _Refusal(f"{_type_name(kind)} is not a key type; {_KEY_TYPES}")
+        raise Refusal(f"{type_name(kind)} is not a key type; {_KEY_TYPES}")
     if depth == MAX_NESTING:
-        raise _Refusal(f"nested more than {MAX_NESTING} levels deep")
+        raise Refusal(f"nested more than {MAX_NESTING} levels deep")
     parts: list[object] = []
     try:
         for part in key:
             parts.append(_lower_key(part, depth + 1))
-    except _Refusal as refusal:
+    except Refusal as refusal:
         refusal.steps.append(f"[{len(parts)}]")
         raise
-    return _ExtType(Extension.TUPLE, _pack(parts))
+    return ExtType(Extension.TUPLE, pack(parts))
 
 
 def _lower_int(value: int) -> object:
     if -(1 << 63) <= value < 1 << 64:
         return value
-    return _ExtType(Extension.BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+    return ExtType(Extension.BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Refusal(f"a str with the lone surrogate {text[error.start]!a} has no UTF-8 form") from None
+        raise Refusal(f"a str with the lone surrogate {text[error.start]!a} has no UTF-8 form") from None
     return text
 
 
@@ -445,16 +444,18 @@ def _unsupported(value: object) -> str:
     kind = type(value)
     if isinstance(value, FunctionType):
         # Pickle keeps a function by its name, which those made within others have not.
-        remedy = _UNKEEPABLE[kind] if "<" in value.__qualname__ else _REMEDY
+        remedy = _UNKEEPABLE[kind] if "<" in value.__qualname__ else REMEDY
     else:
-        remedy = _UNKEEPABLE.get(kind, _REMEDY)
-    kept = _PLAIN | _CONTAINER_CODES.keys() | _LOWER_LEAF.keys()
+        remedy = _UNKEEPABLE.get(kind, REMEDY)
+    from shmcache.extensions import LOWER_LEAF  # seldom
+
+    kept = _PLAIN | _CONTAINER_CODES.keys() | LOWER_LEAF.keys()
     known = next((base for base in kind.__mro__[1:] if base in kept), None)
     why = f"would come back as a plain {known.__name__}" if known else "is not a type that msgpack can keep"
-    return f"{_type_name(kind)} {why}; {remedy}"
+    return f"{type_name(kind)} {why}; {remedy}"
 
 
-_REMEDY: Final = 'convert it to a plain type, or open the cache with Cache(..., serializer="pickle")'
+REMEDY: Final = 'convert it to a plain type, or open the cache with Cache(..., serializer="pickle")'
 _UNKEEPABLE: Final[dict[type, str]] = {  # by any serializer
     CoroutineType: "await it, and store what that gives",
     GeneratorType: "store what it yields, for instance list(...) of it",
@@ -463,202 +464,15 @@ _UNKEEPABLE: Final[dict[type, str]] = {  # by any serializer
 }
 
 
-def _type_name(kind: type) -> str:
+def type_name(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _show(key: object) -> str:
+def show(key: object) -> str:
     try:
         return reprlib.repr(key)
     except Exception:  # A repr may fail, that of an int of more than 4300 digits does.
         return f"<{type(key).__name__}>"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The extensions, a pair of functions each
-
-
-def _pack_zone(zone: tzinfo | None) -> object:
-    if zone is None:
-        return None
-    if type(zone) is ZoneInfo and zone.key is not None:
-        return zone.key
-    if type(zone) is timezone:
-        offset, name = (*zone.__getinitargs__(), None)[:2]  # type: ignore[attr-defined]
-        return [offset // timedelta(microseconds=1), name]
-    raise _Refusal(
-        f"the time zone {_type_name(type(zone))} would be lost; use datetime.timezone, a zoneinfo.ZoneInfo with a key, "
-        'or open the cache with Cache(..., serializer="pickle")'
-    )
-
-
-def _revive_zone(zone: Any) -> tzinfo | None:
-    if zone is None:
-        return None
-    if type(zone) is str:
-        return ZoneInfo(zone)
-    microseconds, name = zone
-    offset = timedelta(microseconds=microseconds)
-    return timezone(offset) if name is None else timezone(offset, name)
-
-
-def _pack_datetime(at: datetime) -> bytes:
-    clock = (at.hour, at.minute, at.second, at.microsecond, at.fold)
-    return _pack([at.year, at.month, at.day, *clock, _pack_zone(at.tzinfo)])
-
-
-def _revive_datetime(payload: bytes) -> datetime:
-    year, month, day, hour, minute, second, microsecond, fold, zone = _unpack_array(payload, 0)
-    return datetime(year, month, day, hour, minute, second, microsecond, _revive_zone(zone), fold=fold)
-
-
-def _pack_date(day: date) -> bytes:
-    return _pack([day.year, day.month, day.day])
-
-
-def _revive_date(payload: bytes) -> date:
-    year, month, day = _unpack_array(payload, 0)
-    return date(year, month, day)
-
-
-def _pack_time(at: time) -> bytes:
-    return _pack([at.hour, at.minute, at.second, at.microsecond, at.fold, _pack_zone(at.tzinfo)])
-
-
-def _revive_time(payload: bytes) -> time:
-    hour, minute, second, microsecond, fold, zone = _unpack_array(payload, 0)
-    return time(hour, minute, second, microsecond, _revive_zone(zone), fold=fold)
-
-
-def _pack_timedelta(delta: timedelta) -> bytes:
-    return _pack([delta.days, delta.seconds, delta.microseconds])
-
-
-def _revive_timedelta(payload: bytes) -> timedelta:
-    days, seconds, microseconds = _unpack_array(payload, 0)
-    return timedelta(days, seconds, microseconds)
-
-
-def _pack_complex(number: complex) -> bytes:
-    return struct.pack(">dd", number.real, number.imag)
-
-
-def _revive_complex(payload: bytes) -> complex:
-    return complex(*struct.unpack(">dd", payload))
-
-
-def _pack_decimal(number: Decimal) -> bytes:
-    return str(number).encode("ascii")
-
-
-def _revive_decimal(payload: bytes) -> Decimal:
-    return Decimal(payload.decode("ascii"))
-
-
-def _pack_uuid(value: UUID) -> bytes:
-    return value.bytes
-
-
-def _revive_uuid(payload: bytes) -> UUID:
-    return UUID(bytes=payload)
-
-
-def _revive_big_int(payload: bytes) -> int:
-    return int.from_bytes(payload, "big", signed=True)
-
-
-_MAX_DIMENSIONS: Final = 64  # numpy's own limit; the product of any number of large ints would take for ever
-
-# A dtype that numpy may be asked to parse: numbers, text, raw bytes and dates; never objects, never a list in a string.
-_DTYPE: Final = re.compile(r"[<>|=](?:[biufcSUV][0-9]{1,10}|[qQ]|[mM]8(?:\[[0-9]{0,10}[A-Za-z]{1,7}\])?)")
-
-
-def _numpy() -> Any:
-    try:
-        return importlib.import_module("numpy")
-    except ImportError as error:
-        raise SerializationError("the value holds a numpy array or scalar: install numpy to read it") from error
-
-
-def _lower_numpy(value: Any) -> object:
-    """Return a numpy array or scalar as an extension, None for any other class of numpy."""
-    numpy = _numpy()
-    kind = type(value)
-    if kind is numpy.str_:
-        return _ExtType(Extension.NUMPY_STR, _checked_text("".join(value)).encode())
-    if kind is numpy.bytes_:
-        return _ExtType(Extension.NUMPY_BYTES, bytes(value))
-    if kind is numpy.ndarray:
-        return _ExtType(Extension.NUMPY_ARRAY, _pack_numpy(value))
-    if issubclass(kind, numpy.generic) and value.dtype.type is kind:
-        return _ExtType(Extension.NUMPY_SCALAR, _pack_numpy(value))
-    return None
-
-
-def _pack_numpy(value: Any) -> bytes:
-    order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
-    header = _pack([_dtype_spec(value.dtype), order, list(value.shape)])
-    items = value.ravel(order).view("u1").data if value.nbytes else b""  # No copy of an array that lies in one piece.
-    return b"".join((len(header).to_bytes(4, "big"), header, items))
-
-
-def _revive_numpy_array(payload: bytes) -> Any:
-    start = 4 + int.from_bytes(payload[:4], "big")
-    spec, order, shape = _unpack_array(payload[4:start], 0)
-    dtype = _dtype(spec)
-    items = bytearray(memoryview(payload)[start:])  # A copy, so that the array can be written to.
-    # Python ints do not overflow, and numpy, given the memory, takes none of its own.
-    if len(shape) > _MAX_DIMENSIONS or any(type(extent) is not int or extent < 0 for extent in shape):
-        raise ValueError("a shape is made of a few sizes")
-    if math.prod(shape) * dtype.itemsize != len(items):
-        raise ValueError(f"{len(items)} bytes are no array of this shape and dtype")
-    return _numpy().ndarray(tuple(shape), dtype, items, order=order)
-
-
-def _revive_numpy_scalar(payload: bytes) -> object:
-    return _revive_numpy_array(payload).reshape(())[()]
-
-
-def _revive_numpy_str(payload: bytes) -> object:
-    return _numpy().str_(payload.decode())
-
-
-def _revive_numpy_bytes(payload: bytes) -> object:
-    return _numpy().bytes_(payload)
-
-
-def _dtype_spec(dtype: Any) -> object:
-    """Return what `_dtype` turns back into the same dtype; refuse one for which there is nothing of the kind."""
-    try:
-        # The second is for `long long`, which may have the size of `long` and yet is another type.
-        candidates = (dtype.str, dtype.byteorder + dtype.char) if dtype.names is None else (dtype.descr,)
-        for spec in candidates:
-            restored = _dtype(spec)
-            if restored == dtype and restored.type is dtype.type:
-                return _with_lists(spec)
-    except Exception:  # Fields that overlap, a kind that is not allowed.
-        pass
-    raise _Refusal(f"a numpy object of dtype {dtype} cannot be kept; {_REMEDY}")
-
-
-def _with_lists(spec: Any) -> object:
-    return [_with_lists(part) for part in spec] if isinstance(spec, (list, tuple)) else spec
-
-
-def _dtype(spec: Any) -> Any:
-    return _numpy().lib.format.descr_to_dtype(_descr(spec))
-
-
-def _descr(spec: Any) -> object:
-    """Return `spec` as numpy's `dtype.descr` has it, each type in it checked."""
-    if type(spec) is not list:
-        if type(spec) is not str or _DTYPE.fullmatch(spec) is None:
-            raise ValueError(f"dtype {_show(spec)} is not allowed")
-        return spec
-    fields: list[object] = []
-    for name, inner, *shape in spec:
-        fields.append((tuple(name) if type(name) is list else name, _descr(inner), *map(tuple, shape)))
-    return fields
 
 
 _CONTAINERS: Final[dict[int, Callable[[list[Any]], object]]] = {
@@ -670,30 +484,5 @@ _CONTAINER_CODES: Final[dict[type, Extension]] = {
     tuple: Extension.TUPLE,
     set: Extension.SET,
     frozenset: Extension.FROZENSET,
-}
-_LOWER_LEAF: Final[dict[type, tuple[Extension, Callable[[Any], bytes]]]] = {
-    bytearray: (Extension.BYTEARRAY, bytes),
-    complex: (Extension.COMPLEX, _pack_complex),
-    Decimal: (Extension.DECIMAL, _pack_decimal),
-    UUID: (Extension.UUID, _pack_uuid),
-    datetime: (Extension.DATETIME, _pack_datetime),
-    date: (Extension.DATE, _pack_date),
-    time: (Extension.TIME, _pack_time),
-    timedelta: (Extension.TIMEDELTA, _pack_timedelta),
-}
-_LEAVES: Final[dict[int, Callable[[bytes], object]]] = {
-    Extension.BYTEARRAY: bytearray,
-    Extension.BIG_INT: _revive_big_int,
-    Extension.COMPLEX: _revive_complex,
-    Extension.DECIMAL: _revive_decimal,
-    Extension.UUID: _revive_uuid,
-    Extension.DATETIME: _revive_datetime,
-    Extension.DATE: _revive_date,
-    Extension.TIME: _revive_time,
-    Extension.TIMEDELTA: _revive_timedelta,
-    Extension.NUMPY_ARRAY: _revive_numpy_array,
-    Extension.NUMPY_SCALAR: _revive_numpy_scalar,
-    Extension.NUMPY_STR: _revive_numpy_str,
-    Extension.NUMPY_BYTES: _revive_numpy_bytes,
 }
 _KEYS: Final = Codec()
