@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 if sys.platform == "win32":
     raise ImportError(
@@ -11,7 +12,6 @@ if sys.platform == "win32":
         "Linux, or in WSL 2"
     )
 
-from shmcache.batch import Batch, Pending
 from shmcache.cache import Cache, parse_size
 from shmcache.codec import Serializer
 from shmcache.engine.store import DEFAULT, is_compiled
@@ -30,9 +30,12 @@ from shmcache.errors import (
     TooManyProcesses,
     ValueTooLarge,
 )
-from shmcache.memoize import CacheInfo
-from shmcache.stats import EntryInfo, ProcessStats, Stats
 from shmcache.version import __version__
+
+if TYPE_CHECKING:
+    from shmcache.batch import Batch, Pending
+    from shmcache.memoize import CacheInfo
+    from shmcache.stats import EntryInfo, ProcessStats, Stats
 
 __all__ = [
     "DEFAULT",
@@ -61,6 +64,31 @@ __all__ = [
     "is_compiled",
     "parse_size",
 ]
+
+_LATER = {
+    "Batch": "batch",
+    "CacheInfo": "memoize",
+    "EntryInfo": "stats",
+    "Pending": "batch",
+    "ProcessStats": "stats",
+    "Stats": "stats",
+}
+"""The names whose modules are imported with their first use, for most programs have none."""
+
+if not TYPE_CHECKING:  # it sees them above, and would take any name for one of these
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"shmcache.{_LATER[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 if not is_compiled() and os.environ.get("SHMCACHE_PURE", "") in ("", "0"):
     import warnings

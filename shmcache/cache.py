@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fractions import Fraction
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from shmcache import attachment as attachments
 from shmcache import segment
 from shmcache.attachment import Attachment
-from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
 from shmcache.errors import CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
-from shmcache.memoize import Memoized, memoize
+from shmcache.log import warn
 from shmcache.segment import Wish
-from shmcache.stats import EntryInfo, Stats, collect
+
+if TYPE_CHECKING:
+    from shmcache.batch import Batch
+    from shmcache.memoize import Memoized
+    from shmcache.stats import EntryInfo, Stats
 
 __all__ = ["Cache", "parse_size"]
 
 MAX_ENTRIES = 1 << 31
 MOVE_PATIENCE = 0.6  # seconds; everybody who uses the cache notices within 0.25
 
-log = logging.getLogger("shmcache")
-
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS[_letter] = _UNITS[_letter + "B"] = _UNITS[_letter + "IB"] = 1024**_power
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
+_SIZE = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*([A-Za-z]*)\s*\Z")
 
 
 def parse_size(size: int | str, name: str = "max_bytes") -> int:
@@ -44,10 +42,12 @@ def parse_size(size: int | str, name: str = "max_bytes") -> int:
         raise TypeError(f"{name} is an int of bytes or a string like '64MB', not {type(size).__name__} ({size!r})")
     if isinstance(size, str):
         match = _SIZE.match(size)
-        unit = _UNITS.get(match[2].upper()) if match else None
+        unit = _UNITS.get(match[3].upper()) if match else None
         if match is None or unit is None:
             raise ValueError(f"{name}={size!r} is no size: expected a number and a unit, such as '64MB' or '1.5 GiB'")
-        size = int(Fraction(match[1]) * unit)
+        decimals = match[2] or ""
+        scale: int = 10 ** len(decimals)
+        size = int(match[1] + decimals) * unit // scale
     if not 0 < size < 1 << 63:
         raise ValueError(f"{name}={size!r}: expected more than 0 bytes and less than 8 EiB")
     return size
@@ -167,7 +167,7 @@ class Cache(Store):
                 return
             assert old is not None
             if not (old.is_lost or old.left_to_parent):
-                log.warning("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
+                warn("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
                 old.is_lost = True
             self._before = self._wish_for(old)
             try:
@@ -200,7 +200,7 @@ class Cache(Store):
             except CacheNotFound:  # no longer
                 self._open(self._before)
             else:
-                log.warning("cache %r was made anew with another geometry, which is used now: %s", self.name, mismatch)
+                warn("cache %r was made anew with another geometry, which is used now: %s", self.name, mismatch)
 
     def _await_room(self) -> None:
         deadline = time.monotonic() + MOVE_PATIENCE
@@ -309,6 +309,8 @@ class Cache(Store):
         if value is not DEFAULT:
             return value
         value = factory()
+        import inspect  # seldom
+
         if inspect.isawaitable(value):
             if inspect.iscoroutine(value):
                 value.close()  # or Python would warn that it was never awaited
@@ -322,6 +324,8 @@ class Cache(Store):
 
     def batch(self) -> Batch:
         """Collects operations of any kind in a `with` block, and performs them at its end, taking each lock once."""
+        from shmcache.batch import Batch  # seldom
+
         self._attached()
         return Batch(self)
 
@@ -339,6 +343,8 @@ class Cache(Store):
 
         The decorated function has `cache_info()`, `cache_clear()`, `cache_key(*args, **kwargs)` and `__wrapped__`.
         """
+        from shmcache.memoize import memoize  # seldom
+
         if callable(ttl):
             raise TypeError("memoize takes arguments: write @cache.memoize() rather than @cache.memoize")
         # Raise now rather than at the first call.
@@ -387,10 +393,14 @@ class Cache(Store):
     # --- what it tells about itself ---------------------------------------------------------------------------------
     def stats(self) -> Stats:
         """Totals of all processes, sizes, and who is attached."""
+        from shmcache.stats import collect  # seldom
+
         return collect(self._attached())
 
     def info(self, key: object) -> EntryInfo:
         """What is known about one entry, without counting a hit; raises KeyError if it is missing."""
+        from shmcache.stats import EntryInfo  # seldom
+
         found = self._describe(key)
         if found is None:
             raise KeyError(key)

@@ -6,16 +6,15 @@ Memory in /dev/shm counts like any other, and whoever takes more of it than ther
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = ["PROC", "Room", "shortage"]
 
 PROC = Path("/proc")
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """How many bytes are `left` of a limit, and whose limit it is: the folder of a control group, or the machine."""
 
     left: int

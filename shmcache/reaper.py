@@ -7,13 +7,13 @@ Its command line ends with the path of the lock file, for people; the rest it re
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from shmcache.engine.bytelock import REAPER_BYTE, SETUP_BYTE, is_byte_locked
+from shmcache.log import warn
 
 __all__ = ["start_reaper"]
 
@@ -37,7 +37,7 @@ def start_reaper(lock_fd: int, paths: list[str]) -> None:
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        logging.getLogger("shmcache").warning(
+        warn(
             "no reaper could be started for the ephemeral cache (%s): if its last process is killed, its files stay "
             "until the next process creates the cache or `shmcache unlink` removes it",
             error,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import stat
 import struct
@@ -25,9 +24,9 @@ from typing import Any
 
 import posix_ipc
 
-__all__ = ["Sleeper"]
+from shmcache.log import warn
 
-log = logging.getLogger("shmcache")
+__all__ = ["Sleeper"]
 
 SLEEP_NS = 1_000_000
 _HAS_FILES = sys.platform == "linux"  # semaphores are files of /dev/shm
@@ -104,7 +103,7 @@ class Sleeper:
             except (posix_ipc.Error, ValueError):
                 pass
             if self._semaphore is None:
-                log.warning(
+                warn(
                     "the semaphore %s is missing, or not this user's: who waits for its lock is not woken, but looks "
                     "again after half a millisecond",
                     self.name,

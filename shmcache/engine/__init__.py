@@ -8,20 +8,19 @@ kernel locks belongs to the process, and compiled code would wait for the wrong 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 __all__: list[str] = []
 
 
-class _Sources(MetaPathFinder):
+class _Sources:
     """Finds the `.py` of an engine module, where the ordinary finder would prefer its `.so`."""
 
     def find_spec(
@@ -30,7 +29,9 @@ class _Sources(MetaPathFinder):
         package, _, leaf = fullname.rpartition(".")
         if package != __name__:
             return None
-        return importlib.util.spec_from_file_location(fullname, Path(__file__).with_name(f"{leaf}.py"))
+        from importlib.util import spec_from_file_location  # seldom
+
+        return spec_from_file_location(fullname, os.path.join(os.path.dirname(__file__), f"{leaf}.py"))
 
 
 def _is_main_interpreter() -> bool:

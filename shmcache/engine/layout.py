@@ -32,7 +32,7 @@ keeps its neighbours of the same bin in its second word and its own first block 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # --- the header -----------------------------------------------------------------------------------------------------
 MAGIC = 0x5348_4D43_4143_4845  # "SHMCACHE"; read backwards, it betrays the other byte order
@@ -198,8 +198,7 @@ POLICIES = {"lru": 0}
 PAGE = 4096
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """Word indexes of one shard's parts."""
 
     header: int
@@ -212,8 +211,7 @@ class Region:
     end: int
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Everything fixed at creation: sizes in bytes, counts in units.
 
     `max_entries` bounds the entries of the whole cache. With several shards each has slots to spare, because a hash
