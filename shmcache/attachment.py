@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import mmap
 import os
-import secrets
 import sys
 import threading
 import weakref
@@ -34,10 +32,8 @@ from shmcache.engine.repair import inspect_locked
 from shmcache.engine.shard import Shard
 from shmcache.engine.store import is_compiled
 from shmcache.errors import CacheNotFound, CorruptSegment, GeometryMismatch, ShmcacheError
-from shmcache.reaper import start_reaper
+from shmcache.log import warn
 from shmcache.segment import Wish
-
-log = logging.getLogger("shmcache")
 
 __all__ = ["Attachment", "attach", "release"]
 
@@ -291,12 +287,18 @@ def _open(wish: Wish) -> Attachment:
                 attachment.member.join(wish.timeout)
                 if attachment.is_current():
                     if attachment.ephemeral:
-                        start_reaper(lock_file.fd, segment.file_paths(wish.name, attachment.geometry.shards))
+                        _start_reaper(lock_file.fd, attachment)
                     return attachment
             except BaseException:
                 attachment.detach()
                 raise
             attachment.detach()
+
+
+def _start_reaper(lock_fd: int, attachment: Attachment) -> None:
+    from shmcache.reaper import start_reaper  # seldom
+
+    start_reaper(lock_fd, segment.file_paths(attachment.name, attachment.geometry.shards))
 
 
 def _open_if_named(wish: Wish, lock_file: LockFile) -> Attachment | None:
@@ -334,9 +336,9 @@ def _create(wish: Wish, lock_file: LockFile) -> Attachment:
         if process_epoch() != epoch:
             raise forked_within()  # by a signal handler: the cache is the parent's, and perhaps in use by now
         for shard in attachment.shards:
-            shard.format(secrets.randbits(60) << 1)
+            shard.format(segment.random_word() >> 4 << 1)
         if not all(sleeper.create() for sleeper in attachment.sleepers):
-            log.warning(
+            warn(
                 "no semaphores could be created for cache %r: who waits for a lock is not woken, but looks again after "
                 "half a millisecond",
                 wish.name,

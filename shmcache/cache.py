@@ -7,7 +7,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache import attachment as attachments
@@ -194,7 +193,7 @@ class Cache(Store):
         try:
             self._open(self._before)
         except GeometryMismatch as mismatch:
-            there = replace(self._before, create=False, max_bytes=None, max_entries=None, shards=None, eviction=None)
+            there = self._before._replace(create=False, max_bytes=None, max_entries=None, shards=None, eviction=None)
             try:
                 self._open(there)
             except CacheNotFound:  # no longer
@@ -216,8 +215,7 @@ class Cache(Store):
     def _wish_for(self, attachment: Attachment) -> Wish:
         """A wish for a cache like this one."""
         geometry = attachment.geometry
-        return replace(
-            self._wish,
+        return self._wish._replace(
             max_bytes=geometry.max_bytes,
             max_entries=geometry.max_entries,
             shards=geometry.shards,

@@ -18,15 +18,13 @@ import fcntl
 import mmap
 import os
 import re
-import secrets
 import stat
 import sys
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import posix_ipc
 
@@ -51,7 +49,11 @@ from shmcache.semaphore import Sleeper
 
 __all__ = ["Unfinished", "Wish", "is_left_over", "names", "unlink"]
 
-DIRECTORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+DIRECTORY = Path("/dev/shm")
+if not DIRECTORY.is_dir():
+    import tempfile  # seldom
+
+    DIRECTORY = Path(tempfile.gettempdir())
 MAX_NAME = 100
 RESERVE_STEP = 4 * 2**20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -59,8 +61,7 @@ _LOCK_SUFFIX = "~lock"
 _NONBLOCK = os.O_NONBLOCK if sys.platform == "linux" else 0  # shm_open need not take it elsewhere
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """What a caller asks for; None where any value of a live cache will do."""
 
     name: str
@@ -368,8 +369,8 @@ def _write_header(segment: Descriptor, geometry: Geometry, wish: Wish, lock_file
         (layout.H_BLOCKS, geometry.blocks),
         (layout.H_PROCESSES, geometry.processes),
         (layout.H_EVICTION, layout.POLICIES[geometry.eviction]),
-        (layout.H_SECRET, secrets.randbits(64)),
-        (layout.H_SECRET + 1, secrets.randbits(64)),
+        (layout.H_SECRET, random_word()),
+        (layout.H_SECRET + 1, random_word()),
         (layout.H_CREATED, time.time_ns()),
         (layout.H_CREATOR, os.getpid()),
         (layout.H_DEFAULT_TTL, wish.default_ttl_ns or 0),
@@ -383,6 +384,11 @@ def _write_header(segment: Descriptor, geometry: Geometry, wish: Wish, lock_file
 def complete(words: memoryview) -> None:
     """Say that the segment is complete."""
     store(words, layout.H_MAGIC, layout.MAGIC)
+
+
+def random_word() -> int:
+    """A word that nobody can guess."""
+    return int.from_bytes(os.urandom(8), sys.byteorder)
 
 
 def _reserve(fd: int, size: int, wish: Wish) -> None:

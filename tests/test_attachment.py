@@ -241,7 +241,7 @@ def test_a_signal_handler_that_raises_while_a_cache_is_opened_or_closed_leaks_no
 ) -> None:
     """Struck at any moment, creating and attaching: no descriptor stays open, no user counted, no lock held."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps what is raised in finalizers
-    monkeypatch.setattr(attachment, "start_reaper", lambda *_: None)  # `subprocess` may leak its pipes
+    monkeypatch.setattr(attachment, "_start_reaper", lambda *_: None)  # `subprocess` may leak its pipes
     Cache(name, max_bytes=SMALL).unlink()
     before, struck = descriptor_count(), 0
 

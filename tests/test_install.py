@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,47 @@ def test_the_engine_is_compiled_whole_or_not_at_all(name: str) -> None:
 
 def test_the_sources_can_be_forced() -> None:
     assert run_python("import shmcache; print(shmcache.is_compiled())", SHMCACHE_PURE="1") == "False"
+
+
+NOT_NEEDED = (
+    "click dataclasses decimal fractions hashlib inspect json logging numpy pickle psutil random secrets subprocess "
+    "tempfile uuid zoneinfo shmcache.batch shmcache.extensions shmcache.memoize shmcache.reaper shmcache.stats"
+)
+"""Modules that take longer to import than attaching to a cache takes, each imported when it is needed."""
+
+
+def test_what_setting_and_getting_does_not_need_is_not_imported(name: str) -> None:
+    """In a Python without `site`, because what an install puts there imports what it likes."""
+    code = f"""
+        import sys
+        sys.path[:] = {sys.path!r}
+        from shmcache import Cache
+        with Cache({name!r}, max_bytes="1.5MB", max_entries=100, default_ttl=60) as cache:
+            cache.set("key", ["value", 1])
+            assert cache.get("key") == ["value", 1]
+            assert cache.check() == []
+            cache.unlink()
+        print(*sys.modules)
+    """
+    answer = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(code)],
+        env={**os.environ, "SHMCACHE_PURE": "" if shmcache.is_compiled() else "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert {*NOT_NEEDED.split()} & {*answer.stdout.split()} == set()
+
+
+def test_the_public_names_are_found_whenever_their_modules_are_imported() -> None:
+    code = "import shmcache; print({*shmcache.__all__} - {*dir(shmcache)}, {*shmcache._LATER} & {*vars(shmcache)})"
+    assert run_python(code) == "set() set()"
+    for name in shmcache.__all__:
+        assert getattr(shmcache, name) is not None
+        assert name in vars(shmcache)
+    with pytest.raises(AttributeError, match="module 'shmcache' has no attribute 'Cahce'"):
+        getattr(shmcache, "Cahce")  # noqa: B009 - mypy knows that there is none
 
 
 @pytest.mark.parametrize("pure", ["", "1"], ids=["default", "pure"])

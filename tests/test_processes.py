@@ -104,14 +104,14 @@ def unfinished_semaphores() -> set[Path]:
 def steps_of_creation() -> list[tuple[str, int]]:
     """Calls during a creation, before which a creator can die: the function and which call of it."""
     header = [("store", number) for number in range(1, 17)]
-    return [("_create", 1), ("_reserve", 1), *header, ("start_reaper", 1)]
+    return [("_create", 1), ("_reserve", 1), *header, ("_start_reaper", 1)]
 
 
 @pytest.mark.parametrize(("function", "call"), steps_of_creation(), ids=lambda value: str(value))
 def test_the_creator_dies_before_this_step(name: str, function: str, call: int) -> None:
     def create() -> None:
         calls = 0
-        module = attachment if function in ("_create", "start_reaper") else segment
+        module = attachment if function in ("_create", "_start_reaper") else segment
         real = getattr(module, function)
 
         def stand_in(*args: object) -> object:
@@ -125,7 +125,7 @@ def test_the_creator_dies_before_this_step(name: str, function: str, call: int) 
         Cache(name, max_bytes=SMALL, ephemeral=True)
 
     assert Child(create).wait() == -signal.SIGKILL
-    complete = function == "start_reaper"
+    complete = function == "_start_reaper"
     if not complete:
         with pytest.raises((CacheNotFound, CorruptSegment)):
             Cache.attach(name)
