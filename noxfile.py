@@ -171,7 +171,7 @@ def tests(session: nox.Session, mode: str) -> None:
     session.run("pytest", *spread, *repeated, *session.posargs, env=env)
 
 
-COVERING = ("attachment", "contract", "distrust", "errors", "expiry", "faults", "journal", "lock", "repair")
+COVERING = ("attachment", "contract", "distrust", "errors", "expiry", "faults", "journal", "keys", "lock", "repair")
 # Other shapes of the cache come by the same lines, and these tests take long when each line is counted.
 NOT_COVERING = ("many_shards", "tiny", "large", "odd_size", "tenth_of_the_entries", "many_small_writes")
 

@@ -29,6 +29,7 @@ COMPILED = (
     "eviction",
     "expiry",
     "journal",
+    "keys",
     "reader",
     "shard",
     "store",

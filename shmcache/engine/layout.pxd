@@ -87,8 +87,11 @@ cdef enum:
     KEY_TEXT = 1
     KEY_BYTES = 2
     KEY_PACKED = 3
+    TUPLE = 1
     BIG_INT = 5
     SCRATCH = 4096
+    TUPLE_ROOM = 256
+    TUPLE_AT = 4
     HEAD_AT = 16
     BLOCK_WORDS = 8
     BLOCK_BYTES = 64

@@ -135,8 +135,11 @@ KEY_TEXT = 1  # the key bytes are the UTF-8 of a str
 KEY_BYTES = 2
 KEY_PACKED = 3  # msgpack of anything else
 
+TUPLE = 1  # the msgpack extension of a tuple (codec.py)
 BIG_INT = 5  # the msgpack extension of an int beyond 64 bits (codec.py)
 SCRATCH = 4096  # bytes for a copy of a value that a request begins with
+TUPLE_ROOM = 256  # bytes for a tuple that is a key: a longer one takes the slow way
+TUPLE_AT = 4  # where in it the parts are, behind a header
 HEAD_AT = 16  # where in a request's small memory the value's head is, behind a number that is the key
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

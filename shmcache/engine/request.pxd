@@ -1,4 +1,7 @@
+from shmcache.engine.keys cimport TuplePacker
+
 cdef class Request:
+    cdef TuplePacker packer
     cdef int op, status
     cdef object key_object, body_object
     cdef unsigned char* key
@@ -14,6 +17,7 @@ cdef class Request:
     cdef int make_room(self) except -1
     cdef void release(self)
     cdef int set_key(self, object key) except -1
+    cdef bint pack_tuple(self, tuple key) except -1
     cdef object found_key(self)
     cdef int set_value(self, object value, object encode) except -1
     cdef int set_text(self, str value) except -1

@@ -14,9 +14,11 @@ except ModuleNotFoundError:
     from shmcache.engine import shim as cython
 
 if cython.compiled:
+    from cython.cimports.shmcache.engine.keys import TuplePacker
     from cython.cimports.shmcache.engine.layout import *
     from cython.cimports.shmcache.engine.primitives import *
 else:
+    from shmcache.engine.keys import TuplePacker
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
@@ -40,6 +42,7 @@ class Request:
         self.op = self.status = 0
         self.key_object: object = None
         self.body_object: object = None
+        self.packer: TuplePacker | None = None
         self.small = memoryview(bytearray(32))
         self.scratch = memoryview(bytearray(0))  # most writes need none
         self.key_size = self.key_kind = self.hash = 0
@@ -84,6 +87,8 @@ class Request:
             self.key_size = write_number(self.small, 0, 0xD3, wrap(cython.cast(cython.longlong, key)), 8)
             self.key = pointer(self.small, 0, self.key_size)
             self.key_kind = KEY_PACKED
+        elif type(key) is tuple and self.pack_tuple(key):
+            self.key_kind = KEY_PACKED
         else:
             packed: bytes = encode_key(key)
             self.key_size = bytes_size(packed)
@@ -93,6 +98,16 @@ class Request:
         if self.key_size > MAX_KEY_BYTES:
             raise KeyTooLarge(f"a key has at most {MAX_KEY_BYTES:,} bytes, this one has {self.key_size:,}: hash it")
         return 0
+
+    def pack_tuple(self, key: tuple[Any, ...]) -> bool:
+        packer: TuplePacker | None = self.packer
+        if packer is None:
+            packer = self.packer = TuplePacker()
+        if not packer.pack(key):
+            return False
+        self.key_size = packer.size
+        self.key = pointer(packer.room, packer.start, packer.size)
+        return True
 
     def found_key(self) -> object:
         """The key at the beginning of `scratch`."""
