@@ -30,6 +30,7 @@ COMPILED = (
     "expiry",
     "journal",
     "keys",
+    "memo",
     "reader",
     "shard",
     "store",

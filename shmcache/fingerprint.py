@@ -28,6 +28,8 @@ from types import CodeType, EllipsisType, FunctionType, MethodType, ModuleType, 
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from shmcache.engine.memo import Memo
+
 __all__ = ["beneath_lru_cache", "fingerprint", "memoized_names"]
 
 memoized_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # by the decorated function
@@ -75,7 +77,7 @@ class _Describer:
             return _digest("slice", *(self.describe(each, trail) for each in (value.start, value.stop, value.step)))
         if kind is CodeType:
             return self.describe_code(value, trail)
-        if kind is FunctionType and value in memoized_names:
+        if kind in (FunctionType, Memo) and value in memoized_names:
             return _digest("memoized", memoized_names[value].encode())
         if kind is MethodType:
             bound = self.describe(value.__self__, (*trail, "is bound to self"))

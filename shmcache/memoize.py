@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from shmcache.codec import encode_key
+from shmcache.engine.memo import Memo
 from shmcache.engine.store import DEFAULT
 from shmcache.errors import SerializationError
 from shmcache.fingerprint import beneath_lru_cache, fingerprint, memoized_names
@@ -56,18 +57,19 @@ def memoize(
         name = f"{label}-{fingerprint(function, label)}"
         if key is not None:
             name += f"-{fingerprint(key, f'the key function of {label}')}"
-    extra = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
-    hits = misses = 0
+    prefix = ("memoize", name)
+    parameters = signature.parameters.values()
+    extra = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
 
     def cache_key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The key in the cache for these arguments."""
         if key is not None:
-            return ("memoize", name, key(*args, **kwargs))
+            return (*prefix, key(*args, **kwargs))
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if extra is not None:
             bound.arguments[extra] = tuple(sorted(bound.arguments[extra].items()))
-        return ("memoize", name, *bound.arguments.values())
+        return (*prefix, *bound.arguments.values())
 
     def check_key(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise SerializationError if it is the arguments, or what `key` made of them, that cannot be a key."""
@@ -92,56 +94,35 @@ def memoize(
                     f"of these"
                 ) from error
 
-    def look_up(entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal hits, misses
-        try:
-            value = cache.get(entry, DEFAULT)
-        except SerializationError:
-            check_key(entry, args, kwargs)
-            raise  # it is about the stored value
-        if value is DEFAULT:
-            misses += 1
-        else:
-            hits += 1
-        return value
-
+    required, most, tail = (0, -1, ()) if key is not None else _positional(signature)
+    memo = Memo(cache, function, ttl, prefix, tail, required, most, cache_key, check_key)
+    decorated: Any = memo
     if inspect.iscoroutinefunction(function):
 
-        @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            entry = cache_key(*args, **kwargs)
-            value = look_up(entry, args, kwargs)
+            entry = memo.key(args, kwargs)
+            value = memo.look_up(entry, args, kwargs)
             if value is DEFAULT:
                 value = await function(*args, **kwargs)
                 cache.set(entry, value, ttl)
             return value
 
-    else:
-
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            entry = cache_key(*args, **kwargs)
-            value = look_up(entry, args, kwargs)
-            if value is DEFAULT:
-                value = function(*args, **kwargs)
-                cache.set(entry, value, ttl)
-            return value
+        decorated = wrapper
 
     def entries() -> list[tuple[Any, ...]]:
-        return [each for each in cache.keys() if type(each) is tuple and each[:2] == ("memoize", name)]  # noqa: SIM118
+        return [each for each in cache.keys() if type(each) is tuple and each[:2] == prefix]  # noqa: SIM118
 
     def cache_info() -> CacheInfo:
         """Hits and misses of this process, entries of all."""
-        return CacheInfo(hits, misses, len(entries()))
+        return CacheInfo(memo.hits, memo.misses, len(entries()))
 
     def cache_clear() -> int:
         """Forget every result of this function, for all processes; how many there were."""
-        nonlocal hits, misses
-        hits = misses = 0
+        memo.hits = memo.misses = 0
         return cache.delete_many(entries())
 
-    memoized_names[wrapper] = name
-    decorated: Any = wrapper
+    functools.update_wrapper(decorated, function)
+    memoized_names[decorated] = name
     decorated.cache_key = cache_key
     decorated.cache_info = cache_info
     decorated.cache_clear = cache_clear
@@ -162,3 +143,23 @@ def _inspect(function: Any) -> tuple[str, inspect.Signature]:
         return label, inspect.signature(beneath_lru_cache(function), follow_wrapped=False)
     except ValueError:
         raise TypeError(f"{label} does not tell what its parameters are: write a def that calls it") from None
+
+
+def _positional(signature: inspect.Signature) -> tuple[int, int, tuple[Any, ...]]:
+    """How many positional arguments suffice for a call, how many it takes, and what stands for the others in the key.
+
+    Without any argument by keyword the key follows from these alone. 0 and -1 if that cannot be said of any call.
+    """
+    required, tail, most = 0, [], 0
+    for each in signature.parameters.values():
+        positional = each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        most += positional
+        if each.kind is each.VAR_KEYWORD:
+            tail.append(())
+        elif each.default is not each.empty:
+            tail.append(each.default)
+        elif positional:
+            required += 1
+        else:
+            return 0, -1, ()
+    return required, most, tuple(tail)

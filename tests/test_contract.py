@@ -1369,6 +1369,47 @@ def test_memoize_calls_once_for_each_set_of_arguments(cache: Cache, clock: Clock
     assert len(calls) == 7
 
 
+SIGNATURES: list[Callable[..., Any]] = [
+    lambda: 0,
+    lambda a: 0,
+    lambda a, b: 0,
+    lambda a, b=2: 0,
+    lambda a=1, b=2: 0,
+    lambda a, /, b=2, *, c=3, d=None: 0,
+    lambda a, *, c: 0,
+    lambda a, b=2, **named: 0,
+    lambda a, *rest, c=3: 0,
+]
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: str(inspect.signature(function)))
+def test_memoize_makes_the_same_key_of_positional_arguments_and_of_bound_ones(
+    make_cache: MakeCache, function: Callable[..., Any]
+) -> None:
+    """The defaults of what is not given are part of it."""
+    cache = make_cache(max_bytes="1MB")
+    memoized = cache.memoize(name="function")(function)
+    signature = inspect.signature(function)
+    for count in range(4):
+        args = (5, "six", 7.0)[:count]
+        try:
+            bound = signature.bind(*args)
+        except TypeError:
+            for _ in range(2):
+                with pytest.raises(TypeError, match="argument"):
+                    memoized(*args)
+            continue
+        key = memoized.cache_key(*args)
+        bound.apply_defaults()
+        expected = (tuple(part.items()) if isinstance(part, dict) else part for part in bound.arguments.values())
+        assert key == ("memoize", "function", *expected)
+        assert memoized(*args) == 0
+        assert cache.delete(key)
+        assert memoized(*args) == memoized(*args) == 0
+        assert cache.delete(key)
+    assert len(cache) == 0
+
+
 def test_memoize_keys_lead_to_the_entries(cache: Cache) -> None:
     @cache.memoize()
     def double(n: int) -> int:
@@ -1695,6 +1736,29 @@ def test_memoize_of_a_method_keys_on_what_self_gives(cache: Cache) -> None:
     assert Shop(1).price.__func__ is Shop.price  # type: ignore[attr-defined]
     assert Shop(1).price("tea") == "tea of 1"
     assert Shop(2).price("tea") == "tea of 2"
+
+
+def test_memoize_makes_what_behaves_like_a_function(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(item: int) -> int:
+        """Twice."""
+        return 2 * item
+
+    double.__qualname__ = "double"  # as if it were one of the module
+    memoized: Any = cache.memoize(name="double")(double)
+
+    class Shop:
+        static = staticmethod(memoized)
+
+    assert Shop().static(2) == Shop.static(2) == 4
+    assert memoized.cache_info() == (1, 1, 1)
+    assert inspect.signature(memoized) == inspect.signature(double)
+    assert (memoized.__doc__, memoized.__module__) == ("Twice.", __name__)
+    monkeypatch.setitem(globals(), "double", memoized)
+    assert copy.deepcopy(memoized) is memoized
+    assert pickle.loads(pickle.dumps(memoized)) is memoized
+    assert callable(memoized)
+    assert hash(memoized) == hash(memoized)
+    assert cache.check() == []
 
 
 def test_memoize_without_parentheses_says_so(cache: Cache) -> None:
