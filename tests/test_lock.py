@@ -7,7 +7,9 @@ holds among real processes that are killed, stopped and interrupted is in test_k
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -443,3 +445,55 @@ def test_who_lives_cannot_be_asked_of_another_file(make_cache: Callable[..., Cac
             registry.is_alive(1)
         registry.fd = fd
     os.close(other)
+
+
+# --- closing while others are at it ---------------------------------------------------------------------------------
+def test_closing_waits_for_who_has_the_lock_and_not_for_who_waits_for_it(
+    make_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits has the mutex, and will not get the lock any more: closing lasted as long as its patience."""
+    cache = make_cache(max_bytes="64KB", max_entries=4, shards=1, lock_timeout=600)
+    shard = cache.attachment.shards[0]
+    guard = cache.attachment.guard
+    entered, go_on = threading.Event(), threading.Event()
+    perform = shard.perform_locked
+
+    def perform_slowly(*args: object) -> object:
+        entered.set()
+        go_on.wait()
+        return perform(*args)
+
+    monkeypatch.setattr(shard, "perform_locked", perform_slowly)
+    monkeypatch.setattr(shard.mutex(), "lock", mutex := CountingLock())
+    with ThreadPoolExecutor(3) as pool:
+        holder = pool.submit(cache.set, "a", 1)
+        entered.wait()
+        waiter = pool.submit(cache.set, "b", 2)
+        until(lambda: mutex.waiting)
+        closing = pool.submit(cache.close)
+        until(lambda: guard.fd < 0)
+        go_on.set()
+        closing.result(timeout=60)
+        holder.result(timeout=60)
+        with pytest.raises(CacheClosed):
+            waiter.result(timeout=60)
+
+
+class CountingLock:
+    """A lock that says whether somebody waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.waiting = 0
+
+    def locked(self) -> bool:
+        return self._lock.locked()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.waiting += 1
+            self._lock.acquire()
+            self.waiting -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
