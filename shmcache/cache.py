@@ -15,7 +15,7 @@ from shmcache.attachment import Attachment
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
-from shmcache.errors import CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
+from shmcache.errors import CacheClosed, CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
 from shmcache.log import warn
 from shmcache.segment import Wish
 
@@ -159,7 +159,9 @@ class Cache(Store):
 
     def _reattach(self, old: Attachment | None) -> None:
         with segment.mutex_of(self.name):
-            if self._closed or self.attachment not in (old, None):
+            if self._closed:
+                raise self._closed_error()
+            if self.attachment not in (old, None):
                 return  # another thread has seen to it
             if self.attachment is None:
                 self._open_as_before()
@@ -391,9 +393,18 @@ class Cache(Store):
     # --- what it tells about itself ---------------------------------------------------------------------------------
     def stats(self) -> Stats:
         """Totals of all processes, sizes, and who is attached."""
+        return self.steadily(self._collect)
+
+    def _collect(self) -> Stats:
         from shmcache.stats import collect  # seldom
 
-        return collect(self._attached())
+        attachment = self._attached()
+        try:
+            return collect(attachment)
+        except (OSError, ValueError, IndexError):  # its files are closed, or its views dropped
+            if self.attachment is attachment:
+                raise
+            raise CacheClosed("another thread has let go of this attachment meanwhile") from None
 
     def info(self, key: object) -> EntryInfo:
         """What is known about one entry, without counting a hit; raises KeyError if it is missing."""
@@ -407,13 +418,11 @@ class Cache(Store):
 
     def check(self) -> list[str]:
         """Compare everything in the segment with everything else, shard by shard; the contradictions, [] for none."""
-        shards = self._attached().geometry.shards
-        return [f"shard {shard}: {text}" for shard in range(shards) for text in self._inspect(shard, False)]
+        return self.steadily(self._inspect_all, False)
 
     def repair(self) -> list[str]:
         """Make all that follows from the entries anew, dropping those that cannot be proved; what was dropped."""
-        shards = self._attached().geometry.shards
-        return [f"shard {shard}: {text}" for shard in range(shards) for text in self._inspect(shard, True)]
+        return self.steadily(self._inspect_all, True)
 
 
 def _reopen(kind: type[Cache], name: str, options: dict[str, Any]) -> Cache:

@@ -808,7 +808,7 @@ def test_repair_of_one_shard_touches_no_other(make_cache: Callable[..., Cache]) 
     geometry = cache.attachment.geometry
     before = bytes(cache.attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
     header = bytes(cache.attachment.data[: layout.HEADER_WORDS * 8])
-    cache._inspect(0, True)
+    cache._inspect(cache.attachment.shards[:1], True)
     after = bytes(cache.attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
     assert after == before
     assert bytes(cache.attachment.data[: layout.HEADER_WORDS * 8]) == header

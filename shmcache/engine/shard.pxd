@@ -10,6 +10,7 @@ from shmcache.engine.journal cimport Journal
 
 cdef class Shard:
     cdef unsigned long long[::1] words
+    cdef readonly unsigned long long number
     cdef unsigned long long header, log, slots_at, slots
     cdef unsigned long long now
     cdef unsigned long long share, max_entries, max_entry, first_header, stride, shards

@@ -68,6 +68,7 @@ class Shard:
         inspect_locked: Callable[[Shard, bool], list[str]],
     ) -> None:
         region = geometry.region(number)
+        self.number = number
         self.words = words
         self.header = region.header
         self.log = region.log

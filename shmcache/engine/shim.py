@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-__all__ = ["cast", "cclass", "compiled", "final"]
+__all__ = ["cast", "cclass", "cfunc", "compiled", "final", "inline"]
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ def _unchanged(thing: T) -> T:
     return thing
 
 
-cclass = final = _unchanged
+cclass = cfunc = final = inline = _unchanged
 
 
 def cast(_type: Any, value: T) -> T:

@@ -6,8 +6,8 @@ cdef class Store:
     cdef public object attachment
     cdef readonly object clock
     cdef object encode_value, decode_value
-    cdef list shards
-    cdef unsigned long long shard_count, secret0, secret1
+    cdef list[Shard] shards
+    cdef unsigned long long shard_count, max_entry
     cdef unsigned long long epoch, next_check
     cdef readonly unsigned long long default_ttl_ns
     cdef unsigned long long timeout_ns
@@ -16,10 +16,8 @@ cdef class Store:
     cdef unsigned long long now(self) except? 0
     cdef Request take(self)
     cdef void give(self, Request request)
-    cdef unsigned long long shard_number(self, Request request) noexcept
-    cdef Shard shard_of(self, Request request)
-    cdef Shard shard_at(self, unsigned long long number)
-    cdef object closed(self)
+    cdef unsigned long long read_clock(self) except? 0
+    cdef list[Shard] here(self)
     cdef int set_ttl(self, Request request, object ttl, unsigned long long now) except -1
     cdef int find(self, Request request, object key, bint wants_value) except -1
     cdef int change(self, Request request, int op, unsigned long long now) except -1

@@ -1,5 +1,5 @@
 # cython: boundscheck=True
-# The list of shards is empty once another thread has closed the cache, so here indexes of lists are checked.
+# Not hot, and a list that another thread has changed is an error then, not a crash: here indexes of lists are checked.
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
@@ -7,12 +7,17 @@ back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Requ
 `Shard.promote`, `Request.value`. A `set` goes: `put`, `now`, `Request.set_key` and `set_value`, `change`,
 `Shard.run_one`, `enter`, `perform_locked`, `put_locked` (evict, reserve blocks, write), `insert_locked` or
 `overwrite_locked`, `leave`.
+
+Another thread may close the cache in the midst of an operation, or move it to a new attachment because its files were
+unlinked. Who then waits for a lock of the old one gets CacheClosed, and has done nothing. Whoever catches that calls
+`_refresh`, which raises it again only if the cache was closed, and goes on where we are now: `steadily` is that for
+everything but reads, and the first attempt of `change`, which goes without for speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 try:
     import cython
@@ -35,7 +40,6 @@ else:
 from shmcache.errors import (
     CacheClosed,
     LockTimeout,
-    SegmentTooLarge,
     SerializationError,
     ShmcacheError,
     ValueTooLarge,
@@ -56,6 +60,8 @@ class Default:
 
 
 DEFAULT = Default()
+
+Result = TypeVar("Result")
 
 Integer: TypeAlias = int  # for a plain `int` Cython would convert what is none, before we can refuse it
 
@@ -82,6 +88,15 @@ def ttl_to_ns(ttl: object, name: str = "ttl") -> int:
     if ttl > MAX_TTL_NS // 1_000_000_000:
         raise ValueError(f"{name}={ttl!r} is longer than 146 years: use None for no expiry")
     return int(ttl * 1_000_000_000) or 1
+
+
+@cython.cfunc
+@cython.inline
+def shard_of(request: Request, shards: list[Shard]) -> Shard:
+    """Hash the key with the secret of these shards, and choose the one that it belongs to."""
+    first: Shard = shards[0]
+    request.hash = key_hash(request.key, request.key_size, request.key_kind, first.secret0, first.secret1)
+    return shards[high(high(request.hash) * first.shards)]
 
 
 @cython.cclass
@@ -116,19 +131,20 @@ class Store:
         """Work on this attachment from now on. `epoch` is that of before it was made: a signal handler may fork."""
         self.attachment = attachment
         self.shards = attachment.shards
-        self.shard_count = len(attachment.shards)
-        self.secret0, self.secret1 = attachment.secret
         self.member = attachment.member
+        self.shard_count = attachment.geometry.shards
+        self.max_entry = attachment.geometry.max_entry_bytes
         self.default_ttl_ns = default_ttl_ns
         self.epoch = epoch
-        self.next_check = (now_ns() if self.clock is None else self.clock()) + CHECK_NS
+        self.next_check = self.read_clock() + CHECK_NS
 
     def _attached(self) -> Any:
         """The attachment, once forks and unlinked files have been seen to, as by every operation. Or CacheClosed."""
         self.now()
         attachment = self.attachment
-        if attachment is None:  # another thread closed it just now
-            raise self.closed()
+        while attachment is None:  # another thread closed it just now, or is moving us
+            self._refresh()
+            attachment = self.attachment
         return attachment
 
     def _abandon(self, adrift: bool = False) -> None:
@@ -358,30 +374,34 @@ class Store:
         return request
 
     def _run_all(self, requests: list[Request], now: int) -> None:
-        """Perform prepared requests, in order within a shard, taking each shard's lock once, and count them."""
+        """Perform and count prepared requests, in order within a shard, taking each shard's lock once."""
         request: Request
-        shard: Shard
-        shards = self.shards  # hashes are theirs: another thread may move us to a new segment meanwhile
-        groups: dict[int, list[Request]] = {}
-        if process_epoch() != self.epoch:
-            self._refresh(now)  # the serializer forked, and this is the child
-            shards = self.shards
-        if not shards:
-            raise self.closed()
-        for request in requests:
-            groups.setdefault(self.shard_number(request), []).append(request)
         try:
-            for number in sorted(groups):
-                group = groups[number]
-                shard = shards[number]
-                done = 0
-                while done < len(group):
-                    done = shard.run(group, done, now, self.timeout_ns)
-                    if done < len(group):
-                        self.make_way(group[done], shards, now)
+            self.steadily(self._run_undone, requests, now)
         finally:
             for request in requests:
                 self.count(request)
+
+    def _run_undone(self, requests: list[Request], now: int) -> None:
+        """Perform those of the requests that were not yet: none twice, however often `steadily` begins again."""
+        request: Request
+        shard: Shard
+        groups: dict[int, list[Request]] = {}
+        if process_epoch() != self.epoch:
+            self._refresh()  # the serializer or a signal handler forked, and this is the child
+        shards = self.here()
+        for request in requests:
+            if request.status >= UNDONE:
+                shard = shard_of(request, shards)
+                groups.setdefault(shard.number, []).append(request)
+        for number in sorted(groups):
+            group = groups[number]
+            shard = shards[number]
+            done = 0
+            while done < len(group):
+                done = shard.run(group, done, now, self.timeout_ns)
+                if done < len(group):
+                    self.make_way(group[done], shards, now)
 
     def count(self, request: Request) -> None:
         """Count a request that was performed."""
@@ -428,27 +448,25 @@ class Store:
 
     def clear(self) -> None:
         """Remove every entry. Each shard is emptied as a whole, one after the other."""
-        now: cython.ulonglong = self.now()
-        request: Request = self.take()
-        shard: Shard
-        request.op = OP_CLEAR
-        for shard in self.shards:
-            shard.run_one(request, now, self.timeout_ns)
-        self.give(request)
+        self.steadily(self._run_everywhere, OP_CLEAR)
 
     def purge(self) -> int:
         """Remove every expired entry now; how many there were. (Expired entries are never seen; this frees memory.)"""
+        return self.steadily(self._run_everywhere, OP_PURGE)
+
+    def _run_everywhere(self, op: int) -> int:
+        """Perform an operation on every shard; how many entries it removed, if it counts them."""
         now: cython.ulonglong = self.now()
         request: Request = self.take()
         removed: cython.longlong = 0
-        status: cython.int
         shard: Shard
-        request.op = OP_PURGE
-        for shard in self.shards:
-            status = BUSY
-            while status == BUSY:  # in batches, so that others get the lock
-                status = shard.run_one(request, now, self.timeout_ns)
-                self.raise_for(status)
+        request.op = op
+        request.number = 0
+        for shard in self.here():
+            request.status = BUSY
+            while request.status == BUSY:  # in batches, so that others get the lock
+                shard.run_one(request, now, self.timeout_ns)
+                self.raise_for(request.status)
                 removed += request.number
         self.give(request)
         return removed
@@ -459,7 +477,7 @@ class Store:
         self.purge()
         total: cython.ulonglong = 0
         shard: Shard
-        for shard in self.shards:
+        for shard in self.here():
             total += min(load(shard.words, shard.header + S_ENTRIES), shard.slots)
         return total
 
@@ -473,8 +491,8 @@ class Store:
         request: Request = self.take()
         entries: list[tuple[Any, Any]] = []
         place: cython.ulonglong = position
-        shard: Shard = self.shard_at(0)
-        shards = self.shards
+        shards = self.here()
+        shard: Shard = shards[0]
         slots: cython.ulonglong = shard.slots
         total: cython.ulonglong = slots * len(shards)
         status: cython.int
@@ -510,8 +528,7 @@ class Store:
         request: Request = self.take()
         request.wants_value = False
         request.set_key(key)
-        number: cython.ulonglong = self.shard_number(request)
-        shard: Shard = self.shard_at(number)
+        shard: Shard = shard_of(request, self.here())
         status: cython.int = shard.reader.read(request, now)
         answer = None
         if status == BUSY:
@@ -519,39 +536,74 @@ class Store:
         self.raise_for(status)
         if status == DONE:
             left = request.expiry - now if request.expiry else 0
-            answer = (request.version, left, request.key_size, request.value_size, number)
+            answer = (request.version, left, request.key_size, request.value_size, shard.number)
         self.give(request)
         return answer
 
-    def _inspect(self, number: int, rebuild: bool) -> list[str]:
-        """What `repair.py` says of a shard."""
+    def _inspect_all(self, rebuild: bool) -> list[str]:
+        self.now()
+        return self._inspect(self.here(), rebuild)
+
+    def _inspect(self, shards: list[Shard], rebuild: bool) -> list[str]:
+        """What `repair.py` says of these shards."""
         now: cython.ulonglong = self.now()
-        shard: Shard = self.shard_at(number)
-        return shard.inspect(rebuild, now, self.timeout_ns)
+        shard: Shard
+        said = []
+        for shard in shards:
+            for text in shard.inspect(rebuild, now, self.timeout_ns):
+                said.append(f"shard {shard.number}: {text}")
+        return said
 
     # --- the way of an operation ------------------------------------------------------------------------------------
     def now(self) -> int:
         """The time, ns; and at most every quarter of a second, whether all is still as it was."""
         now: cython.ulonglong = now_ns() if self.clock is None else self.clock()
         if process_epoch() != self.epoch or now >= self.next_check:
-            self._refresh(now)
+            self._refresh()
         return now
 
-    def _refresh(self, now: int) -> None:
-        """Notice that the cache was closed, that this is a forked child, or that the files were unlinked."""
+    def read_clock(self) -> int:
+        return now_ns() if self.clock is None else self.clock()
+
+    def _refresh(self) -> None:
+        """See to it that we are attached: to new files if these were unlinked, with a line of our own if we lack one.
+
+        Raises CacheClosed if the cache was closed.
+        """
         if self.epoch == CLOSED:
-            raise self.closed()
+            raise self._closed_error()
         epoch: cython.ulonglong = process_epoch()
         attachment = self.attachment
         current = attachment is not None and attachment.is_current()  # lets other threads run
         if self.epoch == CLOSED:
-            raise self.closed()
-        if not current or self.attachment is not attachment:
-            self._reattach(attachment)
-        else:
-            attachment.member.join(self.timeout_ns / 1e9)
-            self.epoch = epoch
-        self.next_check = now + CHECK_NS
+            raise self._closed_error()
+        try:
+            if not current or self.attachment is not attachment:
+                self._reattach(attachment)
+            else:
+                attachment.member.join(self.timeout_ns / 1e9)
+                self.epoch = epoch
+        except CacheClosed:
+            if self.attachment is attachment:
+                raise
+            # Another thread moved us while this one waited, or closed the cache: whoever goes on will see.
+        self.next_check = self.read_clock() + CHECK_NS
+
+    def steadily(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do `work`, which must do nothing twice; again if another thread moved us to a new attachment meanwhile."""
+        while True:
+            try:
+                return work(*arguments)
+            except CacheClosed:
+                self._refresh()
+
+    def here(self) -> list[Shard]:
+        """The shards to work on. What depends on more than one of them asks once."""
+        shards = self.shards
+        while not shards:
+            self._refresh()  # waits for the thread that is just moving us
+            shards = self.shards
+        return shards
 
     def take(self) -> Request:
         """A request nobody else uses: another thread may run while this one waits for a lock."""
@@ -563,24 +615,7 @@ class Store:
         request.release()
         self.spare = request
 
-    def shard_number(self, request: Request) -> int:
-        """Hash the key and choose the shard: at the last moment, lest another thread has moved us to a new segment."""
-        request.hash = key_hash(request.key, request.key_size, request.key_kind, self.secret0, self.secret1)
-        return high(high(request.hash) * self.shard_count)
-
-    def shard_of(self, request: Request) -> Shard:
-        return self.shard_at(self.shard_number(request))
-
-    def shard_at(self, number: cython.ulonglong) -> Shard:
-        if not self.shards:
-            raise self.closed()
-        return self.shards[number]
-
-    def closed(self) -> Exception:
-        if self.epoch == ADRIFT:
-            return SegmentTooLarge(
-                "the files of the cache were unlinked, and there is no room for new ones yet: try again"
-            )
+    def _closed_error(self) -> Exception:
         return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
 
     def find(self, request: Request, key: object, wants_value: cython.bint) -> int:
@@ -589,7 +624,8 @@ class Store:
         request.now = now
         request.wants_value = wants_value
         request.set_key(key)
-        shard: Shard = self.shard_of(request)
+        shards = self.shards or self.here()
+        shard: Shard = shard_of(request, shards)
         status: cython.int = shard.reader.read(request, now)
         if status == BUSY:
             status = self.read_locked(request, shard, OP_READ, now)
@@ -619,8 +655,7 @@ class Store:
                     return BUSY
                 stamp = load(shard.words, shard.header + S_STAMP)  # they are at work: our turn will come
             except CacheClosed:
-                if self.epoch == CLOSED:
-                    raise
+                self._refresh()
                 return BUSY  # unlinked while we waited: nothing is there
         return status
 
@@ -643,27 +678,18 @@ class Store:
         """Perform one writing operation; its status."""
         request.op = op
         request.refusals = 0
-        status: cython.int = UNDONE
-        while status == UNDONE:
-            if process_epoch() != self.epoch:
-                self._refresh(now)  # the serializer or a signal handler forked, and this is the child
-            shard: Shard = self.shard_of(request)
-            shards = self.shards
+        request.status = UNDONE
+        if process_epoch() == self.epoch:
             try:
-                status = shard.run_one(request, now, self.timeout_ns)
-                while status == FULL:
-                    self.make_way(request, shards, now)
-                    status = shard.run_one(request, now, self.timeout_ns)
+                shard: Shard = shard_of(request, self.shards or self.here())
+                shard.run_one(request, now, self.timeout_ns)
             except CacheClosed:
-                if self.epoch == CLOSED:
-                    raise
-                # Another thread has moved us to a new segment or will, this is a child without a line of the process
-                # table, or the end of the interpreter has detached us.
-                self._refresh(now)
-                status = UNDONE
-        if status >= CORRUPT:
-            self.raise_for(status)
-        return status
+                self._refresh()
+        if request.status >= UNDONE:
+            self.steadily(self._run_undone, [request], now)
+        if request.status >= CORRUPT:
+            self.raise_for(request.status)
+        return request.status
 
     def make_way(self, request: Request, shards: list[Shard], now: cython.ulonglong) -> int:
         """Do what a request needs that its shard, one of `shards`, cannot do with its lock held."""
@@ -695,11 +721,8 @@ class Store:
     def failure(self, status: cython.int) -> Exception | None:
         """The exception for a status that is a failure."""
         if status == TOO_LARGE:
-            if not self.shards:
-                return self.closed()
-            shard: Shard = self.shard_at(0)
             return ValueTooLarge(
-                f"the key and its value take more than the {shard.max_entry:,} bytes that one of the "
+                f"the key and its value take more than the {self.max_entry:,} bytes that one of the "
                 f"{self.shard_count} shard(s) holds; the value stored before, if any, is kept. Create the cache with a "
                 f"larger max_bytes or fewer shards"
             )
