@@ -577,8 +577,11 @@ def test_a_reader_waits_for_writers_that_work_and_not_for_one_that_does_not(
     bench.slot(0, layout.E_VERSION, bench.read_slot(0, layout.E_VERSION) | 1)
     with monkeypatch.context() as patch:
         patch.setattr(bench.shard, "run_one", run_one)
-        assert bench.cache.get("a") is None
-    assert tries == (layout.READ_WAITS if moving else 1)
+        assert bench.cache.get_many(["a", "b"]) == {"b": "value of b"}
+        assert tries == (layout.READ_WAITS if moving else 1)
+        bench.slot(1, layout.E_VERSION, bench.read_slot(1, layout.E_VERSION) | 1)
+        assert bench.cache.get_many(["a", "b"]) == {}
+        assert tries == (2 * layout.READ_WAITS if moving else 2), "once a call, not once a key"
 
 
 def test_room_is_not_made_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,3 +170,41 @@ def test_a_worker_killed_while_it_attaches_leaves_its_place(name: str) -> None:
             assert cache.stats().processes == 1
         assert cache.get("kept") == "value"
         assert cache.check() == []
+
+
+def test_a_reader_waits_once_for_a_shard_whose_holder_is_stopped_in_a_removal(small: Cache) -> None:
+    """The sequence number is odd, so that no miss counts: each key that is missing would wait as long again."""
+
+    def begin(cache: Cache) -> None:
+        cache.attachment.words[cache.attachment.geometry.region(0).header + layout.S_SEQUENCE] |= 1
+
+    with Family() as family:
+        holder = family.fork(hold, small, begin)
+        holder.wait_until_stopped()
+        before = small.stats().lock_waits
+        found = small.get_many([*range(20), "kept", *range(20, 40)])
+        assert found == {"kept": "value"}
+        assert small.stats().lock_waits == before + 1
+        assert small.get("missing") is None
+        assert small.stats().lock_waits == before + 2, "another call does not wait, because one before has"
+        holder.kill()
+    assert small.get_many(["kept", "missing"]) == {"kept": "value"}
+
+
+def test_a_scan_waits_once_for_a_shard_whose_holder_is_stopped(small: Cache) -> None:
+    """Were more than one of its slots in a change, which only a lie can make them be."""
+    small.set_many(dict.fromkeys(range(10), "value"))
+
+    def begin(cache: Cache) -> None:
+        region = cache.attachment.geometry.region(0)
+        for slot in range(3):
+            cache.attachment.words[region.slots + slot * layout.SLOT_WORDS + layout.E_VERSION] |= 1
+
+    with Family() as family:
+        holder = family.fork(hold, small, begin)
+        holder.wait_until_stopped()
+        before = small.stats().lock_waits
+        assert len(list(small.keys())) == 8
+        assert small.stats().lock_waits == before + 1
+        holder.kill()
+    assert small.repair() == []

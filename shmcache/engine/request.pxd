@@ -12,6 +12,7 @@ cdef class Request:
     cdef unsigned long long head_size, body_size, value_size, room
     cdef unsigned long long expiry, version, slot, now
     cdef int refusals
+    cdef unsigned long long given_up
     cdef long long number, initial
     cdef bint keep_expiry, has_initial, wants_value
     cdef int make_room(self) except -1

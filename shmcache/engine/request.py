@@ -49,6 +49,7 @@ class Request:
         self.head_size = self.body_size = self.value_size = self.room = 0
         self.expiry = self.version = self.slot = self.now = 0
         self.refusals = 0
+        self.given_up = 0  # a bit for each shard whose lock a read could not have
         self.number = self.initial = 0
         self.keep_expiry = self.has_initial = False
         self.wants_value = True
@@ -64,6 +65,7 @@ class Request:
     def release(self) -> None:
         """Let go of the objects of the operation before, and of a scratch that grew large."""
         self.key_object = self.body_object = None
+        self.given_up = 0
         if len(self.scratch) > 1_048_576:
             self.scratch = memoryview(bytearray(SCRATCH))
 

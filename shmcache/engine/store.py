@@ -639,11 +639,16 @@ class Store:
         return 0
 
     def read_locked(self, request: Request, shard: Shard, op: cython.int, now: cython.ulonglong) -> int:
-        """Read as the owner of the lock. A holder that is stopped must not stop readers, so this soon gives up."""
+        """Read as the owner of the lock. A holder that is stopped must not stop readers, so this soon gives up.
+
+        A call that reads many entries gives a shard up once, and does not wait for it again.
+        """
         request.op = op
         status: cython.int = NO_ROOM
         waits: cython.int = 0
         stamp: cython.ulonglong = load(shard.words, shard.header + S_STAMP)
+        if request.given_up & bit(shard.number):
+            return BUSY
         while status == NO_ROOM:
             try:
                 status = shard.run_one(request, now, READ_PATIENCE_NS)
@@ -652,6 +657,7 @@ class Store:
             except LockTimeout:
                 waits += 1
                 if waits == READ_WAITS or load(shard.words, shard.header + S_STAMP) == stamp:
+                    request.given_up |= bit(shard.number)
                     return BUSY
                 stamp = load(shard.words, shard.header + S_STAMP)  # they are at work: our turn will come
             except CacheClosed:
