@@ -679,10 +679,10 @@ def test_set_many_stores_nothing_if_one_cannot_be_serialized(cache: Cache) -> No
     assert dict(cache.items()) == {"a": "old"}
 
 
-def test_set_many_with_one_value_too_large_keeps_and_counts_the_others(cache: Cache) -> None:
+def test_set_many_names_the_key_whose_value_does_not_fit_and_keeps_and_counts_the_others(cache: Cache) -> None:
     cache.set("big", "old")
     before = cache.stats().sets
-    with pytest.raises(ValueTooLarge):
+    with pytest.raises(ValueTooLarge, match=r"the value for the key 'big': .*bytes"):
         cache.set_many({"a": 1, "big": b"x" * room(cache), "b": 2})
     assert cache.get_many(["a", "b", "big"]) == {"a": 1, "b": 2, "big": "old"}
     assert cache.stats().sets == before + 2

@@ -328,16 +328,20 @@ class Store:
 
         Raises ValueTooLarge if one of them does not fit; the others are stored.
         """
+        keys = []
         requests = []
         now: cython.ulonglong = self.now()
         request: Request
         if not hasattr(mapping, "items"):
             raise TypeError(f"set_many takes a mapping of keys to values, not {type(mapping).__name__}")
         for key, value in mapping.items():
+            keys.append(key)
             requests.append(self._prepare(OP_SET, key, value, ttl, now))
         self._run_all(requests, now)
-        for request in requests:
-            self.raise_for(request.status)
+        for key, request in zip(keys, requests, strict=True):
+            failure = self.failure(request.status)
+            if failure is not None:
+                raise _naming(key, failure)
 
     def delete_many(self, keys: Iterable[object]) -> int:
         """Remove the keys, taking each shard's lock once; how many were present."""
@@ -367,8 +371,8 @@ class Store:
         elif op <= OP_CAS:
             try:
                 request.set_value(value, self.encode_value)
-            except SerializationError as error:
-                raise SerializationError(f"the value for the key {key!r}: {error}") from error
+            except (SerializationError, ValueTooLarge) as error:
+                raise _naming(key, error) from error
         if op <= OP_CAS or op == OP_TOUCH:
             self.set_ttl(request, ttl, now)
         return request
@@ -753,6 +757,11 @@ def _several(keys: Iterable[object]) -> Iterable[object]:
     if isinstance(keys, (str, bytes)):
         raise TypeError(f"an iterable of keys was expected, not one key ({keys!r}): write [{keys!r}]")
     return keys
+
+
+def _naming(key: object, error: Exception) -> Exception:
+    """The same error, naming the key: one of many was given."""
+    return type(error)(f"the value for the key {key!r}: {error}")
 
 
 def _integer(number: object, name: str) -> int:
