@@ -31,7 +31,7 @@ from shmcache import (
     is_compiled,
     stats,
 )
-from shmcache.engine import bytelock, layout, membership, reader
+from shmcache.engine import bytelock, layout, membership, primitives, reader
 from shmcache.engine.blocks import Blocks
 from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
 from shmcache.engine.primitives import (
@@ -46,7 +46,7 @@ from shmcache.engine.primitives import (
     write_number,
 )
 from shmcache.engine.request import Request, _below_4_gib
-from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT
+from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT, shard_of
 from tests.conftest import Clock
 from tests.processes import Child, Gate, until
 
@@ -149,7 +149,7 @@ def test_a_free_run_is_looked_for_in_no_bin_that_there_is_not(bench: Bench) -> N
 
 def test_reading_and_comparing_end_with_the_chain(bench: Bench) -> None:
     """It leads nowhere, it ends too early, it has a run without length, or it is a circle."""
-    target = memoryview(bytearray(1000))
+    target = bytearray(1000)
     bench.block(1, pack(1, 0))
     held = bytes(bench.blocks.data[bench.blocks.at(1) * 8 + 8 : bench.blocks.at(1) * 8 + 64])
     assert bench.blocks.read(1, 0, target, 0, 56) is True
@@ -160,13 +160,13 @@ def test_reading_and_comparing_end_with_the_chain(bench: Bench) -> None:
         bench.block(1, pack(1, next_run))
         size = 57 if next_run != 2 else 56 * (bench.count + 2)
         longer = held * (bench.count + 2)
-        assert bench.blocks.read(1, 0, memoryview(bytearray(size)), 0, size) is False
+        assert bench.blocks.read(1, 0, bytearray(size), 0, size) is False
         assert bench.blocks.matches(1, longer, size) is False
     bench.block(1, pack(1, 0))
 
 
 def test_no_memory_is_read_or_written_but_what_there_is(bench: Bench) -> None:
-    assert bench.blocks.read(1, 0, memoryview(bytearray(8)), 0, 9) is False
+    assert bench.blocks.read(1, 0, bytearray(8), 0, 9) is False
     short = Blocks(
         bench.words,
         bench.blocks.data[: bench.region.blocks * 8 + 70],
@@ -206,19 +206,60 @@ def test_another_key_of_the_same_tag_or_hash_is_passed_over(bench: Bench, whole:
 # --- reading --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [500, 0xFFFF_FFFF])
 def test_a_value_longer_than_its_chain_or_than_any_is_refused(bench: Bench, size: int) -> None:
-    sizes = bench.read_slot(0, layout.E_SIZES)
-    bench.slot(0, layout.E_SIZES, sizes >> 32 << 32 | size)
-    for scratch in (0, layout.SCRATCH):
-        bench.cache.spare = Request()
-        bench.cache.spare.scratch = memoryview(bytearray(scratch))
+    for slot, key in enumerate("ab"):
+        sizes = bench.read_slot(slot, layout.E_SIZES)
+        bench.slot(slot, layout.E_SIZES, sizes >> 32 << 32 | size)
         with pytest.raises(CorruptSegment):
-            bench.cache.get("a")
-        bench.cache.spare = Request()
-        bench.cache.spare.scratch = memoryview(bytearray(scratch))
+            bench.cache.get(key)
         with pytest.raises(CorruptSegment):
             list(bench.cache.items())
-    bench.slot(0, layout.E_SIZES, sizes)
-    assert bench.cache.get("a") == "value of a"
+        bench.slot(slot, layout.E_SIZES, sizes)
+        assert bench.cache.get(key) == f"value of {key}"
+
+
+@pytest.mark.parametrize("value", [b"x" * 300, "x" * 300, "x" * 9000, "ä" * 9000, ["x" * 9000]])
+def test_values_of_any_kind_and_size_are_found_whole_and_in_pieces(
+    make_cache: Callable[..., Cache], value: Any
+) -> None:
+    cache = make_cache(max_bytes="200KB", max_entries=801, shards=1)
+    shard = cache.attachment.shards[0]
+    cache.set("key", value)
+    assert cache.get("key") == value
+    cache.delete("key")
+    for number in range(800):
+        cache.set(number, "x")
+    free = load(shard.words, shard.header + layout.S_FREE_BLOCKS)
+    cache.set(0, "x" * (free * BLOCK_BYTES))
+    for number in range(1, 800, 2):
+        cache.delete(number)
+    cache.set("key", value)
+    request = Request()
+    request.set_key("key")
+    shard_of(request, cache.attachment.shards)
+    place = load(shard.words, shard.at(shard.find_locked(request) - 1) + layout.E_PLACE)
+    assert shard.blocks.place_of((place & 0xFFFF_FFFF) - 1, 300) == 0, "it was meant to be in pieces"
+    assert cache.get("key") == cache.get_many(["key"])["key"] == cache["key"] == value
+    cache.set("small", b"y")
+    assert cache.get_many(["key", "small"]) == {"key": value, "small": b"y"}
+
+
+def test_a_value_that_there_is_no_memory_for_twice_is_copied_to_what_there_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "new_bytes", lambda size: None)
+    for size in (300, 9000):
+        bench.cache.set("a", b"x" * size)
+        assert bench.cache.get("a") == b"x" * size
+        [(_, found)] = bench.cache._perform([(layout.OP_READ, "a", None, None)])
+        assert found == b"x" * size
+
+
+def test_memory_for_a_copy_is_none_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(size: int) -> bytearray:
+        raise MemoryError
+
+    monkeypatch.setattr(primitives, "bytearray", no_memory, raising=False)
+    assert primitives.new_bytes(10) is None
 
 
 def test_a_slot_that_changes_while_it_is_copied_is_read_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +278,7 @@ def test_a_slot_that_changes_while_it_is_copied_is_read_again(bench: Bench, monk
 
 def test_bytes_that_are_no_utf_8_are_refused(bench: Bench) -> None:
     """In a key and in values of either length."""
-    for value in ("12345678", "1234567" * 5):
+    for value in ("12345678", "1234567" * 5, "1234567" * 1000):
         bench.cache.set("a", value)
         run = (bench.read_slot(0, layout.E_PLACE) & 0xFFFF_FFFF) - 1
         at = (bench.region.blocks + run * BLOCK_WORDS + 1) * 8
@@ -253,7 +294,7 @@ def test_bytes_that_are_no_utf_8_are_refused(bench: Bench) -> None:
 
 
 def test_bytes_whose_size_is_not_theirs_are_refused(bench: Bench) -> None:
-    for value in (b"12345678", "1234567" * 5):
+    for value in (b"12345678", "1234567" * 5, b"1234567" * 50, "1234567" * 1000):
         bench.cache.set("a", value)
         bench.slot(0, layout.E_SIZES, bench.read_slot(0, layout.E_SIZES) - 1)
         with pytest.raises(SerializationError):
@@ -501,6 +542,7 @@ def test_figures_of_an_attachment_that_was_let_go_are_gathered_anew(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attachment = bench.cache.attachment
+    truly_collect = stats.collect
     calls = 0
 
     def collect(of: Any) -> Any:
@@ -510,16 +552,16 @@ def test_figures_of_an_attachment_that_was_let_go_are_gathered_anew(
             bench.cache.attachment = None
             bench.cache.epoch = ADRIFT
             raise IndexError
-        return stats.collect(of)
+        return truly_collect(of)
 
     def reattach(old: Any) -> None:
         bench.cache._adopt(attachment, 0, process_epoch())
 
-    monkeypatch.setattr("shmcache.cache.collect", collect)
+    monkeypatch.setattr("shmcache.stats.collect", collect)
     monkeypatch.setattr(bench.cache, "_reattach", reattach)
     assert bench.cache.stats().entries == len(bench.cache)
     assert calls == 2
-    monkeypatch.setattr("shmcache.cache.collect", lambda of: {}[of])
+    monkeypatch.setattr("shmcache.stats.collect", lambda of: {}[of])
     with pytest.raises(KeyError):
         bench.cache.stats()
 

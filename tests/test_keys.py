@@ -60,6 +60,11 @@ def test_sizes(cache: Cache, size: int) -> None:
     keep(cache, (2**40,) * size)
 
 
+def test_many_at_once(cache: Cache) -> None:
+    cache.set_many({("a", 1): 1, ("b", 2): 2})
+    assert cache.get_many([("a", 1), ("b", 2), ("c", 3)]) == {("a", 1): 1, ("b", 2): 2}
+
+
 def test_negative_zero_is_zero(cache: Cache) -> None:
     cache.set((0.0,), "value")
     assert cache.get((-0.0,)) == "value"

@@ -2,6 +2,7 @@
 # has just what the engine uses.
 
 import builtins
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 _T = TypeVar("_T")
@@ -14,6 +15,7 @@ longlong = builtins.int
 ulonglong = builtins.int
 p_uchar = Any
 
+def binding(value: bool) -> Callable[[_T], _T]: ...
 def cclass(thing: _T) -> _T: ...
 def cfunc(thing: _T) -> _T: ...
 def inline(thing: _T) -> _T: ...

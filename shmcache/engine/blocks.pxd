@@ -4,6 +4,7 @@ cdef class Blocks:
     cdef unsigned long long header, log, bins, first, count
     cdef unsigned long long reserved
     cdef unsigned long long at(self, unsigned long long block) noexcept
+    cdef unsigned long long place_of(self, unsigned long long run, unsigned long long size) noexcept
     cdef unsigned long long bytes_at(self, unsigned long long run) noexcept
     cdef unsigned long long length(self, unsigned long long run) noexcept
     cdef unsigned long long used_length(self, unsigned long long run) noexcept
@@ -16,7 +17,7 @@ cdef class Blocks:
         self, unsigned long long run, unsigned long long skip, unsigned char* source,
         unsigned long long size) noexcept
     cdef bint read(
-        self, unsigned long long run, unsigned long long skip, unsigned char[::1] target, unsigned long long to,
+        self, unsigned long long run, unsigned long long skip, object target, unsigned long long to,
         unsigned long long size) noexcept
     cdef bint matches(self, unsigned long long run, unsigned char* other, unsigned long long size) noexcept
     cdef unsigned long long find(self, unsigned long long length) noexcept

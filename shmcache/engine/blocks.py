@@ -125,7 +125,10 @@ class Blocks:
         to: cython.ulonglong,
         size: cython.ulonglong,
     ) -> bool:
-        """Copy `size` bytes of the chain, after its first `skip`, to `target[to:]`; False if the chain is shorter."""
+        """Copy `size` bytes of the chain, after its first `skip`, to `target[to:]`; False if the chain is shorter.
+
+        `target` is a bytearray, or of `new_bytes`.
+        """
         room: cython.ulonglong
         steps: cython.ulonglong = 0
         while size:
@@ -142,7 +145,7 @@ class Blocks:
                 room -= skip
                 if room > size:
                     room = size
-                if not copy(target, to, self.data, self.bytes_at(run) + skip, room):
+                if not fill(target, to, self.data, self.bytes_at(run) + skip, room):
                     return False
                 to += room
                 size -= room
@@ -339,6 +342,16 @@ class Blocks:
     def at(self, block: cython.ulonglong) -> int:
         """The word index of a block."""
         return record(self.first, BLOCK_WORDS, block, self.count)
+
+    def place_of(self, run: cython.ulonglong, size: cython.ulonglong) -> int:
+        """Where the bytes of an entry of `size` bytes begin; 0 unless they lie in this run alone."""
+        length: cython.ulonglong
+        if not 0 <= run < self.count:
+            return 0
+        length = high(load(self.words, self.first + run * BLOCK_WORDS)) & ~RUN_AFTER_FREE
+        if length > self.count - run or size + RUN_HEADER_BYTES > length * BLOCK_BYTES:
+            return 0
+        return (self.first + run * BLOCK_WORDS) * 8 + RUN_HEADER_BYTES
 
     def bytes_at(self, run: cython.ulonglong) -> int:
         """Where the bytes of a run that has a length begin."""

@@ -92,6 +92,7 @@ cdef enum:
     SCRATCH = 4096
     TUPLE_ROOM = 256
     TUPLE_AT = 4
+    LARGE = 256
     HEAD_AT = 16
     BLOCK_WORDS = 8
     BLOCK_BYTES = 64

@@ -140,6 +140,7 @@ BIG_INT = 5  # the msgpack extension of an int beyond 64 bits (codec.py)
 SCRATCH = 4096  # bytes for a copy of a value that a request begins with
 TUPLE_ROOM = 256  # bytes for a tuple that is a key: a longer one takes the slow way
 TUPLE_AT = 4  # where in it the parts are, behind a header
+LARGE = 256  # bytes from where on a value that is bytes is copied straight into the object that is returned
 HEAD_AT = 16  # where in a request's small memory the value's head is, behind a number that is the key
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

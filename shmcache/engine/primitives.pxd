@@ -252,21 +252,67 @@ cdef extern from *:
     }
     #define shm_bytes_data(b) ((unsigned char *)PyBytes_AS_STRING(b))
     #define shm_bytes_length(b) ((unsigned long long)PyBytes_GET_SIZE(b))
+    static inline int shm_is_ascii(const char *bytes, Py_ssize_t size) {
+        shm_word bits = 0, part;
+        Py_ssize_t i;
+        for (i = 0; i + 8 <= size; i += 8) { memcpy(&part, bytes + i, 8); bits |= part; }
+        for (; i < size; i++) bits |= (unsigned char)bytes[i];
+        return !(bits & 0x8080808080808080ULL);
+    }
     static inline PyObject *shm_decode(const char *bytes, Py_ssize_t size) {
-        PyObject *text = PyUnicode_DecodeUTF8(bytes, size, NULL);
+        PyObject *text;
+        if (shm_is_ascii(bytes, size)) {  /* as most text is: a third of what the decoder takes */
+            text = PyUnicode_New(size, 127);
+            if (text) memcpy(PyUnicode_DATA(text), bytes, size);
+            return text;
+        }
+        text = PyUnicode_DecodeUTF8(bytes, size, NULL);
         if (text == NULL && PyErr_ExceptionMatches(PyExc_UnicodeDecodeError)) {
             PyErr_Clear();
             text = Py_NewRef(Py_None);
         }
         return text;
     }
+    static inline PyObject *shm_new_bytes(shm_word size) {
+        PyObject *made = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+        if (made == NULL) {
+            PyErr_Clear();
+            made = Py_NewRef(Py_None);
+        }
+        return made;
+    }
+    static inline int shm_fill_at(PyObject *target, shm_word at, const unsigned char *s, shm_word ssize, shm_word start,
+                                  shm_word n) {
+        unsigned char *d;
+        shm_word dsize;
+        if (PyBytes_CheckExact(target)) {
+            d = (unsigned char *)PyBytes_AS_STRING(target);
+            dsize = (shm_word)PyBytes_GET_SIZE(target);
+        } else if (PyByteArray_CheckExact(target)) {
+            d = (unsigned char *)PyByteArray_AS_STRING(target);
+            dsize = (shm_word)PyByteArray_GET_SIZE(target);
+        } else return 0;
+        if (SHM_UNLIKELY(!shm_bytes_inside(dsize, at, n) || !shm_bytes_inside(ssize, start, n))) return 0;
+        memcpy(d + at, s + start, n);
+        return 1;
+    }
+    #define shm_fill(t, at, s, start, n) shm_fill_at(t, at, SHM_BYTES(s), start, n)
+    #define shm_finished(b) Py_NewRef(b)
     #define shm_make_text(d, at, n) shm_decode((const char *)(d).data + (at), (Py_ssize_t)(n))
     #define shm_make_bytes(d, at, n) PyBytes_FromStringAndSize((const char *)(d).data + (at), (Py_ssize_t)(n))
     """
+    bint is_ascii "PyUnicode_IS_COMPACT_ASCII"(object text) noexcept
+    unsigned long long ascii_size "PyUnicode_GET_LENGTH"(object text) noexcept
+    unsigned char* ascii_pointer "(unsigned char *)PyUnicode_DATA"(object text) noexcept
     unsigned char* text_pointer "shm_text_pointer"(object text) except NULL
     Py_ssize_t text_size "shm_text_size"(object text) except -1
     bint is_long_long "shm_is_long_long"(object number) noexcept
     unsigned char* bytes_pointer "shm_bytes_data"(object data) noexcept
     unsigned long long bytes_size "shm_bytes_length"(object data) noexcept
+    object new_bytes "shm_new_bytes"(unsigned long long size)
+    bint fill "shm_fill"(
+        object target, unsigned long long at, unsigned char[::1] source, unsigned long long start,
+        unsigned long long size) noexcept
+    object finished "shm_finished"(object made)
     object make_text "shm_make_text"(unsigned char[::1] data, unsigned long long at, unsigned long long size)
     object make_bytes "shm_make_bytes"(unsigned char[::1] data, unsigned long long at, unsigned long long size)

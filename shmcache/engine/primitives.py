@@ -184,6 +184,17 @@ def bits_float(bits: int) -> float:
 
 
 # --- Python objects -------------------------------------------------------------------------------------------------
+def is_ascii(text: str) -> bool:
+    return text.isascii()
+
+
+ascii_size = len
+
+
+def ascii_pointer(text: str) -> bytes:
+    return text.encode()
+
+
 def text_pointer(text: str) -> bytes:
     """The UTF-8 of `text`; raises UnicodeEncodeError for a lone surrogate."""
     return text.encode()
@@ -203,6 +214,27 @@ def bytes_pointer(data: bytes) -> bytes:
 
 def bytes_size(data: bytes) -> int:
     return len(data)
+
+
+def new_bytes(size: int) -> bytearray | None:
+    """What is to become a bytes object once it is filled, None for want of memory."""
+    try:
+        return bytearray(size)
+    except MemoryError:
+        return None
+
+
+def fill(target: bytearray, at: int, source: memoryview, start: int, size: int) -> bool:
+    """Copy to a bytearray, or to what `new_bytes` gave, which nobody else has seen yet."""
+    if at + size > len(target) or start + size > len(source):
+        return False
+    target[at : at + size] = source[start : start + size]
+    return True
+
+
+def finished(made: bytearray) -> bytes:
+    """The bytes object that `new_bytes` began."""
+    return bytes(made)
 
 
 def make_text(data: memoryview, at: int, size: int) -> str | None:

@@ -46,6 +46,7 @@ class Reader:
         member: Member,
     ) -> None:
         self.words = words
+        self.data = blocks.data
         self.header = header
         self.slots_at = slots_at
         self.slots = slots
@@ -60,16 +61,22 @@ class Reader:
 
     def read(self, request: Request, now: cython.ulonglong) -> int:
         """Copy the value of the request's key: DONE, ABSENT, or BUSY after too many collisions."""
+        status: cython.int = self.read_once(request, now)
+        if status == BUSY or status == NO_ROOM:
+            return self.read_again(request, now, status)
+        return status
+
+    def read_again(self, request: Request, now: cython.ulonglong, status: cython.int) -> int:
+        """`read` after a first attempt that came to nothing."""
         _attempt: cython.int
-        status: cython.int
         for _attempt in range(READ_ATTEMPTS):
-            status = self.read_once(request, now)
             if status == NO_ROOM:
                 request.make_room()
-                status = self.read_once(request, now)
+            else:
+                self.member.count(C_READ_RETRIES, 1)
+            status = self.read_once(request, now)
             if status != BUSY and status != NO_ROOM:
                 return status
-            self.member.count(C_READ_RETRIES, 1)
         return BUSY
 
     def read_once(self, request: Request, now: cython.ulonglong) -> int:
@@ -82,6 +89,7 @@ class Reader:
         version: cython.ulonglong
         sizes: cython.ulonglong
         run: cython.ulonglong
+        at: cython.ulonglong
         status: cython.int
         while link and steps <= self.slots:
             word = self.at(low(link) - 1)
@@ -91,11 +99,13 @@ class Reader:
                     return BUSY
                 if load(self.words, word + E_HASH) == request.hash:
                     sizes = load(self.words, word + E_SIZES)
-                    run = low(load(self.words, word + E_PLACE))
-                    if (
-                        run
-                        and high(sizes) == (request.key_size | request.key_kind << 16)
-                        and self.blocks.matches(run - 1, request.key, request.key_size)
+                    run = low(load(self.words, word + E_PLACE)) - 1
+                    # Nearly all entries are one run: comparing and copying in place is half the work.
+                    at = self.blocks.place_of(run, request.key_size + low(sizes))
+                    if high(sizes) == (request.key_size | request.key_kind << 16) and (
+                        same_bytes(self.data, at, request.key, request.key_size)
+                        if at
+                        else self.blocks.matches(run, request.key, request.key_size)
                     ):
                         request.value_size = low(sizes)
                         request.slot = low(link) - 1
@@ -103,7 +113,15 @@ class Reader:
                         request.expiry = load(self.words, word + E_EXPIRY)
                         status = DONE
                         if request.wants_value and (request.expiry == 0 or request.expiry > now):
-                            status = self.copy_value(request, run - 1)
+                            if (
+                                at
+                                and request.value_size < LARGE
+                                and request.value_size <= cython.cast(cython.ulonglong, len(request.scratch))
+                            ):
+                                request.is_whole = False
+                                copy(request.scratch, 0, self.data, at + request.key_size, request.value_size)
+                            else:
+                                status = self.copy_value(request, run)
                         fence_acquire()
                         if load(self.words, word + E_VERSION) != version:
                             return BUSY
@@ -122,17 +140,41 @@ class Reader:
         return ABSENT
 
     def copy_value(self, request: Request, run: cython.ulonglong) -> int:
-        """Copy the value behind the key into `scratch`: DONE, or NO_ROOM."""
-        if request.value_size > self.max_entry:
-            return CORRUPT  # or a torn read: the version will tell
-        if request.value_size <= cython.cast(cython.ulonglong, len(request.scratch)):
-            if self.blocks.read(run, request.key_size, request.scratch, 0, request.value_size):
-                return DONE
+        """Copy the value behind the key: DONE, NO_ROOM, or CORRUPT, which may be a torn read: the version will tell."""
+        size: cython.ulonglong = request.value_size
+        status: cython.int
+        request.is_whole = False
+        if size > self.max_entry:
             return CORRUPT
-        if not self.blocks.holds(run, request.key_size + request.value_size):
+        if size >= LARGE:
+            status = self.copy_whole(request, run)
+            if status != NO_ROOM:
+                return status
+        if size > cython.cast(cython.ulonglong, len(request.scratch)):
+            request.room = size
+            return NO_ROOM
+        return DONE if self.blocks.read(run, request.key_size, request.scratch_memory, 0, size) else CORRUPT
+
+    def copy_whole(self, request: Request, run: cython.ulonglong) -> int:
+        """Copy bytes, or what is too large for `scratch`, straight into an object that is returned or decoded as it is.
+
+        NO_ROOM if it is neither, or for want of memory.
+        """
+        size: cython.ulonglong = request.value_size
+        mark: cython.ulonglong
+        if not self.blocks.holds(run, request.key_size + size):
             return CORRUPT
-        request.room = request.value_size
-        return NO_ROOM
+        self.blocks.read(run, request.key_size, request.small_memory, HEAD_AT, 5)
+        mark = read_number(request.small, HEAD_AT, 1)
+        request.skip = 1 + (1 << (mark - 0xC4)) if 0xC4 <= mark <= 0xC6 else 0  # the head of bytes
+        if not request.skip and size <= SCRATCH:
+            return NO_ROOM
+        request.whole = new_bytes(size - request.skip)
+        if request.whole is None:
+            return NO_ROOM
+        request.is_whole = True
+        size -= request.skip
+        return DONE if self.blocks.read(run, request.key_size + request.skip, request.whole, 0, size) else CORRUPT
 
     def read_slot(self, request: Request, slot: cython.ulonglong, now: cython.ulonglong) -> int:
         """Copy key and value of whatever a slot holds into `scratch`: DONE, ABSENT, BUSY, NO_ROOM, CORRUPT."""
@@ -158,7 +200,7 @@ class Reader:
         elif size > cython.cast(cython.ulonglong, len(request.scratch)):
             request.room = size
             status = NO_ROOM if self.blocks.holds(run - 1, size) else CORRUPT
-        elif not self.blocks.read(run - 1, 0, request.scratch, 0, size):
+        elif not self.blocks.read(run - 1, 0, request.scratch_memory, 0, size):
             status = CORRUPT
         fence_acquire()
         if load(self.words, word + E_VERSION) != version:

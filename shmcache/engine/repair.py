@@ -150,10 +150,10 @@ class Inspector:
     def hash_is_right(self, slot: cython.ulonglong) -> bool:
         sizes: cython.ulonglong = load(self.shard.words, self.shard.at(slot) + E_SIZES)
         size: cython.ulonglong = high(sizes) & 0xFFFF
-        key = memoryview(bytearray(size + 1))
+        key = bytearray(size + 1)
         run: cython.ulonglong = low(load(self.shard.words, self.shard.at(slot) + E_PLACE)) - 1
         return self.shard.blocks.read(run, 0, key, 0, size) and key_hash(
-            pointer(key, 0, size), size, high(sizes) >> 16, self.shard.secret0, self.shard.secret1
+            pointer(memoryview(key), 0, size), size, high(sizes) >> 16, self.shard.secret0, self.shard.secret1
         ) == load(self.shard.words, self.shard.at(slot) + E_HASH)
 
     # --- what follows from the slots --------------------------------------------------------------------------------

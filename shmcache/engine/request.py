@@ -5,6 +5,7 @@ Python objects become bytes here, and bytes Python objects. The commonest ones t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ class Request:
 
     `key` and `body` point into `key_object`, `body_object` or `small`, which keep the memory alive; run uncompiled they
     are the bytes themselves. A value is its head, in `small` from HEAD_AT on (a msgpack header, or all of a number),
-    and its body. On the way out its copy is in `scratch`, which is `room` bytes long at least if a read said so.
+    and its body. On the way out its copy is in `scratch`, which is `room` bytes long at least if a read said so; or, of
+    bytes and of what is large, all but the first `skip` bytes in `whole`, and the first ones in `small`.
     """
 
     def __init__(self) -> None:
@@ -43,14 +45,18 @@ class Request:
         self.key_object: object = None
         self.body_object: object = None
         self.packer: TuplePacker | None = None
-        self.small = memoryview(bytearray(32))
-        self.scratch = memoryview(bytearray(0))  # most writes need none
+        self.small_memory = bytearray(32)
+        self.small = memoryview(self.small_memory)
+        self.scratch_memory = bytearray(0)  # most writes need none
+        self.scratch = memoryview(self.scratch_memory)
+        self.whole: Any = None
         self.key_size = self.key_kind = self.hash = 0
-        self.head_size = self.body_size = self.value_size = self.room = 0
+        self.head_size = self.body_size = self.value_size = self.room = self.skip = 0
         self.expiry = self.version = self.slot = self.now = 0
         self.refusals = 0
         self.given_up = 0  # a bit for each shard whose lock a read could not have
         self.number = self.initial = 0
+        self.in_use = self.is_whole = False
         self.keep_expiry = self.has_initial = False
         self.wants_value = True
         if not cython.compiled:
@@ -59,25 +65,28 @@ class Request:
     def make_room(self) -> int:
         """Make `scratch` at least `room` bytes long; its contents are lost."""
         if cython.cast(cython.ulonglong, len(self.scratch)) < self.room:
-            self.scratch = memoryview(bytearray(max(self.room, SCRATCH)))
+            self.scratch_memory = bytearray(max(self.room, SCRATCH))
+            self.scratch = memoryview(self.scratch_memory)
         return 0
 
     def release(self) -> None:
         """Let go of the objects of the operation before, and of a scratch that grew large."""
-        self.key_object = self.body_object = None
+        self.in_use = self.is_whole = False
+        self.key_object = self.body_object = self.whole = None
         self.given_up = 0
         if len(self.scratch) > 1_048_576:
-            self.scratch = memoryview(bytearray(SCRATCH))
+            self.scratch_memory = bytearray(SCRATCH)
+            self.scratch = memoryview(self.scratch_memory)
 
     # --- keys -------------------------------------------------------------------------------------------------------
     def set_key(self, key: object) -> int:
         """Fill in the key's bytes; a kind tells str, bytes and everything else apart."""
         if type(key) is str:
-            try:
-                self.key_size = text_size(key)
-            except UnicodeEncodeError as error:
-                raise SerializationError(f"the key {key!r} has no UTF-8 form ({error.reason}): use bytes") from None
-            self.key = text_pointer(key)
+            if is_ascii(key):  # whose memory is UTF-8, with nothing that could fail
+                self.key_size = ascii_size(key)
+                self.key = ascii_pointer(key)
+            else:
+                self.set_wide_key(key)
             self.key_kind = KEY_TEXT
             self.key_object = key
         elif type(key) is bytes:
@@ -110,6 +119,14 @@ class Request:
         self.key_size = packer.size
         self.key = pointer(packer.room, packer.start, packer.size)
         return True
+
+    def set_wide_key(self, key: str) -> int:
+        try:
+            self.key_size = text_size(key)
+        except UnicodeEncodeError as error:
+            raise SerializationError(f"the key {key!r} has no UTF-8 form ({error.reason}): use bytes") from None
+        self.key = text_pointer(key)
+        return 0
 
     def found_key(self) -> object:
         """The key at the beginning of `scratch`."""
@@ -201,8 +218,10 @@ class Request:
         mark: cython.ulonglong
         number: cython.longlong
         width: cython.ulonglong
-        mark = read_number(self.scratch, 0, 1)
         text: object
+        if self.is_whole:
+            return self.large_value(decode)
+        mark = read_number(self.scratch, 0, 1)
         if 0xA0 <= mark < 0xC0 and size == 1 + (mark & 31):
             text = make_text(self.scratch, 1, size - 1)
             if text is not None:
@@ -234,6 +253,24 @@ class Request:
             number >>= width  # copies the sign downwards
             return number
         return decode(make_bytes(self.scratch, 0, size))
+
+    def large_value(self, decode: Callable[[bytes], object]) -> object:
+        """`value` where the copy is a bytes object: the value itself, if that is bytes."""
+        whole: bytes = finished(self.whole)
+        head: cython.ulonglong = self.skip
+        mark: cython.ulonglong = read_number(self.small, HEAD_AT, 1)
+        self.whole = None
+        self.is_whole = False
+        if self.skip:
+            if head + read_number(self.small, HEAD_AT + 1, head - 1) == self.value_size:
+                return whole
+            return decode(make_bytes(self.small, HEAD_AT, head) + whole)
+        if 0xD9 <= mark <= 0xDB:
+            head = 1 + (1 << (mark - 0xD9))
+            if head + read_number(self.small, HEAD_AT + 1, head - 1) == self.value_size:
+                with contextlib.suppress(UnicodeDecodeError):
+                    return str(memoryview(whole)[head:], "utf-8")
+        return decode(whole)
 
 
 def _below_4_gib(size: int) -> int:

@@ -381,9 +381,17 @@ class Shard:
     def write_entry(self, request: Request) -> None:
         """Write key and value into limbo, where nobody looks."""
         run: cython.ulonglong = load(self.words, self.header + S_LIMBO) - 1
-        self.blocks.write(run, 0, request.key, request.key_size)
-        self.blocks.write(run, request.key_size, pointer(request.small, HEAD_AT, request.head_size), request.head_size)
-        self.blocks.write(run, request.key_size + request.head_size, request.body, request.body_size)
+        head: cython.p_uchar = pointer(request.small, HEAD_AT, request.head_size)
+        start: cython.ulonglong = request.key_size + request.head_size
+        at: cython.ulonglong = self.blocks.place_of(run, start + request.body_size)
+        if at:  # nearly always
+            copy_in(self.blocks.data, at, request.key, request.key_size)
+            copy_in(self.blocks.data, at + request.key_size, head, request.head_size)
+            copy_in(self.blocks.data, at + start, request.body, request.body_size)
+        else:
+            self.blocks.write(run, 0, request.key, request.key_size)
+            self.blocks.write(run, request.key_size, head, request.head_size)
+            self.blocks.write(run, start, request.body, request.body_size)
         fence_release()
 
     def insert_locked(self, request: Request) -> int:
@@ -552,7 +560,7 @@ class Shard:
         mark: cython.ulonglong
         number: cython.ulonglong
         bits: cython.ulonglong
-        if not self.blocks.read(run, request.key_size, request.small, HEAD_AT, min(size, 9)):
+        if not self.blocks.read(run, request.key_size, request.small_memory, HEAD_AT, min(size, 9)):
             return NOT_A_NUMBER
         mark = read_number(request.small, HEAD_AT, 1)
         if size == 1 and (mark < 0x80 or mark >= 0xE0):  # the small integers of msgpack

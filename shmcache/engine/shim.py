@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["cast", "cclass", "cfunc", "compiled", "final", "inline"]
+__all__ = ["binding", "cast", "cclass", "cfunc", "compiled", "final", "inline"]
 
 T = TypeVar("T")
 
@@ -19,6 +20,10 @@ def _unchanged(thing: T) -> T:
 
 
 cclass = cfunc = final = inline = _unchanged
+
+
+def binding(_value: bool) -> Callable[[T], T]:
+    return _unchanged
 
 
 def cast(_type: Any, value: T) -> T:

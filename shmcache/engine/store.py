@@ -118,7 +118,7 @@ class Store:
         self.decode_value = decode
         self.timeout_ns = int(lock_timeout * 1e9)
         self.clock = clock
-        self.spare: Request | None = None
+        self.spare = Request()
         self.attachment: Any = None
         self.shards: list[Shard] = []
         self.epoch = CLOSED
@@ -158,6 +158,7 @@ class Store:
         raise NotImplementedError  # pragma: no cover - for a subclass to provide
 
     # --- reading ----------------------------------------------------------------------------------------------------
+    @cython.binding(False)
     def get(self, key: object, default: Any = None) -> Any:
         """The value of `key`, or `default` if it is missing or expired. A stored None is a hit."""
         request: Request = self.take()
@@ -611,13 +612,16 @@ class Store:
 
     def take(self) -> Request:
         """A request nobody else uses: another thread may run while this one waits for a lock."""
-        request = self.spare
-        self.spare = None
-        return Request() if request is None else request
+        if cython.compiled:
+            request = self.spare
+            if request.in_use:  # by another thread, or by an operation that raised
+                request = self.spare = Request()
+            request.in_use = True
+            return request
+        return Request()  # threads switch anywhere, so two might find the same one
 
     def give(self, request: Request) -> None:
         request.release()
-        self.spare = request
 
     def _closed_error(self) -> Exception:
         return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
