@@ -3,7 +3,7 @@
 python -m tests.torture --for 60 --json run.json
 python -m tests.torture.report run.json
 
-Parts that were run by themselves (`--only`), each with a file, make one page together.
+Parts that were run by themselves (`--only`), each with a file, make one page together, which names the commit of each.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def fill_in(page: str, name: str, text: str) -> str:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of several runs of the same commit as one; the last run of a part counts."""
-    if len({(run["commit"], run["mode"], run["python"]) for run in runs}) > 1:
-        raise click.UsageError("these are runs of several commits, modes or Pythons: a page is about one")
+    """The parts of several runs as one; the last run of a part counts."""
+    if len({(run["mode"], run["python"], run["machine"]) for run in runs}) > 1:
+        raise click.UsageError("these are runs of several modes, Pythons or machines: a page is about one")
     parts = {part["name"]: part for run in runs for part in run["parts"]}
     return {**runs[-1], "parts": [parts[name] for name in NAMES if name in parts]}
 
@@ -114,11 +114,10 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def how(runs: list[dict[str, Any]]) -> str:
     """By which commands, of what and on what."""
     last = runs[-1]
-    commands = ", ".join(f"`{run['command']}`" for run in runs)
-    return (
-        f"{commands}, at commit `{last['commit']}`, {last['mode']}, Python {last['python']}, on {last['machine']}: "
-        f"{sum(part['seconds'] for run in runs for part in run['parts']) / 60:.0f} minutes."
-    )
+    lines = [f"- `{run['command']}` at commit `{run['commit']}`" for run in runs]
+    minutes = sum(part["seconds"] for run in runs for part in run["parts"]) / 60
+    where = f"All {last['mode']}, Python {last['python']}, on {last['machine']}: {minutes:.0f} minutes."
+    return "\n".join([*lines, "", where])
 
 
 @click.command()
