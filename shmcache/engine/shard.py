@@ -115,21 +115,12 @@ class Shard:
                     self.record_hit_locked(request)
                 self.leave()
         elif not self.mutex().lock.locked():
-            with self.mutex().lock:
-                try:
-                    try:
-                        self.mutex().owner = get_ident()
-                        if self.lock.try_acquire() and not self.is_dirty():
-                            self.record_hit_locked(request)
-                    finally:
-                        self.leave()
-                except ValueError:
-                    self.refuse_if_forked()
-                    raise
-                finally:
-                    self.leave()
-                    self.mutex().owner = 0
+            self.alone(self.try_record_hit, request)
         return 0
+
+    def try_record_hit(self, request: Request) -> None:
+        if self.lock.try_acquire() and not self.is_dirty():
+            self.record_hit_locked(request)
 
     def record_hit_locked(self, request: Request) -> None:
         if load(self.words, self.at(request.slot) + E_VERSION) == request.version and low(
@@ -153,22 +144,7 @@ class Shard:
             start = self.run_locked(requests, start, now)
             self.leave()
         else:
-            # Python code can be interrupted anywhere: `leave` rolls back what was not finished.
-            self.mutex().refuse_reentry()
-            with self.mutex().lock:
-                try:
-                    try:
-                        self.mutex().owner = get_ident()
-                        self.enter(timeout_ns)
-                        start = self.run_locked(requests, start, now)
-                    finally:
-                        self.leave()
-                except ValueError:
-                    self.refuse_if_forked()
-                    raise
-                finally:
-                    self.leave()  # a signal handler that raised may have interrupted the first
-                    self.mutex().owner = 0
+            start = self.alone(self.enter_and, timeout_ns, self.run_locked, requests, start, now)
         return start
 
     def run_locked(self, requests: list[Request], start: cython.int, now: cython.ulonglong) -> int:
@@ -191,21 +167,7 @@ class Shard:
                 return self.inspect_locked(self, rebuild)
             finally:
                 self.leave()
-        self.mutex().refuse_reentry()
-        with self.mutex().lock:
-            try:
-                try:
-                    self.mutex().owner = get_ident()
-                    self.enter(timeout_ns)
-                    return self.inspect_locked(self, rebuild)
-                finally:
-                    self.leave()
-            except ValueError:
-                self.refuse_if_forked()
-                raise
-            finally:
-                self.leave()
-                self.mutex().owner = 0
+        return self.alone(self.enter_and, timeout_ns, self.inspect_locked, self, rebuild)
 
     def run_one(self, request: Request, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
         """Take the lock and perform one request; its status. Raises LockTimeout."""
@@ -217,6 +179,30 @@ class Shard:
         else:
             self.run([request], 0, now, timeout_ns)
         return request.status
+
+    def alone(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Uncompiled: do `work` with the mutex, and leave whatever it entered, whether it ended or was interrupted.
+
+        Python code can be interrupted anywhere: `leave` rolls back what was not finished.
+        """
+        self.mutex().refuse_reentry()
+        with self.mutex().lock:
+            try:
+                try:
+                    self.mutex().owner = get_ident()
+                    return work(*arguments)
+                finally:
+                    self.leave()
+            except ValueError:
+                self.refuse_if_forked()
+                raise
+            finally:
+                self.leave()  # a signal handler that raised may have interrupted the first
+                self.mutex().owner = 0
+
+    def enter_and(self, timeout_ns: int, work: Callable[..., Any], *arguments: Any) -> Any:
+        self.enter(timeout_ns)
+        return work(*arguments)
 
     def enter(self, timeout_ns: cython.ulonglong) -> int:
         """Take the lock, and bring the shard in order if the owner before died."""
