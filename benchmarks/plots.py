@@ -32,7 +32,6 @@ THEMES = {
     "light": Colours("#0b7a4b", "#5b7fb5", "#b8b8b8", "#24292f"),
     "dark": Colours("#3fd18b", "#7fa6e0", "#6a6f76", "#d0d7de"),
 }
-TICKS = (10, 100, 1_000, 10_000, 100_000)
 
 
 def draw(results: Results, place: Path) -> list[Path]:

@@ -48,7 +48,7 @@ class Attachment:
         self.geometry = geometry
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # the `Cache` objects that work on it
         self.left_to_parent = False
-        self.is_lost = False  # and that was logged
+        self.was_reported = False  # that its files are gone
         self.is_dropped = False  # collected, and yet to be detached
         self._detached = False
         try:
@@ -129,9 +129,9 @@ class Attachment:
     def check(self, wish: Wish) -> None:
         """Raise GeometryMismatch unless the live cache is what the caller asked for, as far as it asked."""
         here = self.geometry
-        asked = {"max_bytes": wish.max_bytes, "max_entries": wish.max_entries, "shards": wish.shards}
-        asked["eviction"] = wish.eviction  # type: ignore[assignment]
-        differing = {key: value for key, value in asked.items() if value not in (None, getattr(here, key))}
+        fields = ("max_bytes", "max_entries", "shards", "eviction")
+        asked = {field: getattr(wish, field) for field in fields}
+        differing = {field: value for field, value in asked.items() if value not in (None, getattr(here, field))}
         if differing:
             wanted = ", ".join(f"{key}={value!r}" for key, value in differing.items())
             live = ", ".join(f"{key}={getattr(here, key)!r}" for key in differing)
@@ -193,7 +193,7 @@ class Attachment:
         self.file = self.lock_file = None
 
 
-_kept: list[memoryview] = []
+_kept: list[memoryview] = []  # mappings that are never unmapped
 _attachments: weakref.WeakValueDictionary[str, Attachment] = weakref.WeakValueDictionary()
 _all: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()  # also those that are replaced
 _dropped: deque[Attachment] = deque()

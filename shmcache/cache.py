@@ -167,9 +167,9 @@ class Cache(Store):
                 self._open_as_before()
                 return
             assert old is not None
-            if not (old.is_lost or old.left_to_parent):
+            if not (old.was_reported or old.left_to_parent):
                 warn("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
-                old.is_lost = True
+                old.was_reported = True
             self._before = self._wish_for(old)
             try:
                 self._open_as_before()
@@ -267,7 +267,7 @@ class Cache(Store):
             "clock": self.clock,
             "_create": self._wish.create,
         }
-        return _reopen, (type(self), self.name, options)
+        return functools.partial(type(self), self.name, **options), ()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.max_bytes} bytes, {self.max_entries} entries"
@@ -423,10 +423,6 @@ class Cache(Store):
     def repair(self) -> list[str]:
         """Make all that follows from the entries anew, dropping those that cannot be proved; what was dropped."""
         return self.steadily(self._inspect_all, True)
-
-
-def _reopen(kind: type[Cache], name: str, options: dict[str, Any]) -> Cache:
-    return kind(name, **options)
 
 
 def _count(number: int | None, name: str, most: int) -> int | None:

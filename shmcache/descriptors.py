@@ -77,7 +77,7 @@ class LockFile:
         self.fd = descriptor.fileno()
         self.identity = descriptor.identity
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
-        self.spare: list[Descriptor] = []
+        self.spare: list[Descriptor] = []  # more of the same file: closing one would drop the locks
         self._epoch = process_epoch()
         self._in_use_here = False
 

@@ -38,11 +38,14 @@ class Memoized(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def cache_info(self) -> CacheInfo: ...
+    def cache_info(self) -> CacheInfo:
+        """Hits and misses of this process, entries of all."""
 
-    def cache_clear(self) -> int: ...
+    def cache_clear(self) -> int:
+        """Forget every result of this function, for all processes; how many there were."""
 
-    def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+    def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The key in the cache for these arguments."""
 
 
 def memoize(

@@ -1,4 +1,5 @@
-"""The engine: everything that reads or writes a word of the shared segment lives in this package.
+"""The engine: everything that reads or writes an entry of the shared segment lives in this package, and all that is
+compiled. (The header is written by `segment.py`, and figures are read by `stats.py`, with its raw operations.)
 
 `SHMCACHE_PURE=1` in the environment makes Python run the sources even where compiled modules lie beside them. Only the
 main interpreter of a process gets either: two would take each other's places in the process table, since what the

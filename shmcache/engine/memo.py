@@ -1,6 +1,6 @@
 """A call of a memoized function, as far as it is the same for all of them: `memoize.py` says what the key is.
 
-Compiled, for a hit is little more than a `get`.
+Compiled, for a hit costs little more than a `get`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["Memo"]
 class Memo:
     """A memoized function. Like a function it becomes a method in a class, and is pickled by its name.
 
-    `required` to `most` positional arguments make the key `prefix + args + tail[len(args) - required :]`: the tail are
-    the defaults of the rest. What else a call may be, `bind` makes the key of; it is -1 arguments if that is all.
-    `explain` raises what is to be said of a key that is none.
+    The key of a call by position, with `required` to `most` arguments, is `prefix + args + tail[len(args) - required :]`,
+    where `tail` has the defaults of the parameters that may be left out. Of any other call `bind` makes the key: of every
+    one if `most` is -1. `explain(key, args, kwargs)` raises what is wrong with a key that was refused.
     """
 
     def __init__(
