@@ -195,7 +195,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mutation(session: nox.Session) -> None:
-    """The tests of the lock, the journal, the table and the repair notice nearly every change of these; a quarter of an hour.
+    """The tests of lock, journal, table and repair notice nearly every change of these; a quarter of an hour.
 
     Arguments after `--` go to it: `--help` says more.
     """

@@ -89,7 +89,7 @@ def loop(plan, value, interval, note, {names}):
         note(now() - due)
 """
 
-FIRST = """
+ONCE = """
 def loop(key, value, {names}):
 {operation}
     return result
@@ -194,9 +194,9 @@ class Bench:
                 return min(len(keys), max(FEWEST, int(number * seconds / max(taken, 1e-9))))
             number = min(len(keys), number * 4)
 
-    def first(self, operation: str, key: Any) -> Any:
-        """What a get finds."""
-        return self.loop(FIRST, operation=operation)(key, self.value)
+    def once(self, operation: str, key: Any) -> Any:
+        """What one get finds, of a key that may also be several."""
+        return self.loop(ONCE, operation=operation)(key, self.value)
 
     # --- several ----------------------------------------------------------------------------------------------------
     def together(self, count: int, work: Callable[[Bench, int], Any]) -> list[Any]:
@@ -259,7 +259,7 @@ def _indents(template: str) -> dict[str, int]:
 
 INDENTS = {
     (template, place): depth
-    for template in (TIGHT, CLOCKED, MIXED, ASIDE, PACED, FIRST)
+    for template in (TIGHT, CLOCKED, MIXED, ASIDE, PACED, ONCE)
     for place, depth in _indents(template).items()
 }
 

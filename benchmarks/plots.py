@@ -139,7 +139,7 @@ PLOTS: dict[str, Callable[[Results, Any, Colours], bool]] = {
     "get": bars("get hit, str 20", "ns to get a str of 20 characters, one process"),
     "get-tail": bars("get hit, str 20, p99.9", "ns that one in a thousand of these exceeds"),
     "mix": lines(
-        {count: f"{Mix.label}, {count} process{'es' * (count > 1)}" for count in Mix.processes},
+        {count: Mix.metric(count) for count in Mix.processes},
         *("processes on the cores there are", "million operations a second, 80/15/5 of 1 KiB"),
         1e-6,
     ),

@@ -8,6 +8,7 @@ from benchmarks.measure import Results
 from benchmarks.peers import Shmcache, ShmcachePure
 from benchmarks.workloads.capacity import SLOWDOWN
 from benchmarks.workloads.tails import IDLE_BESIDE, PACED_P99, READ_BESIDE
+from benchmarks.workloads.throughput import Mix
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,7 @@ def judge(results: Results, target: Target) -> Verdict:
 GET, GET_1K, GET_DICT = "get hit, str 20", "get hit, 1 KiB", "get hit, dict 5"
 OVERWRITE, EVICT, MEMOIZE = "overwrite, str 20", "insert with eviction, str 20", "memoize hit, str 20"
 US = 1000  # ns
-
-
-def mix(processes: int) -> str:
-    return f"80/15/5 of 1 KiB, {processes} process{'es' * (processes > 1)}"
-
+mix = Mix.metric
 
 TARGETS = (
     Target(GET, at_most=0.9, times=(GET, "dict+msgpack")),

@@ -53,20 +53,20 @@ IN_PROCESS = [
 def test_statements_do_what_they_stand_for(bench: Bench) -> None:
     there, absent = bench.to_keys(data.keys(3)), bench.to_keys(data.keys(2, "none"))
     bench.fill(there)
-    assert [bench.first("get", key) for key in there] == [bench.value] * 3
+    assert [bench.once("get", key) for key in there] == [bench.value] * 3
     if bench.can("set"):
-        assert bench.first("miss" if bench.can("miss") else "get", absent[0]) is None
+        assert bench.once("miss" if bench.can("miss") else "get", absent[0]) is None
     if bench.can("get_many"):
-        found = bench.first("get_many", [*there, absent[0]])
+        found = bench.once("get_many", [*there, absent[0]])
         assert [found.get(key) for key in (*there, absent[0])] == [bench.value] * 3 + [None]
     assert bench.peer.entries() == 3
     if bench.can("delete"):
         bench.tight("delete", there[:1])
-        assert bench.first("get", there[0]) is None
+        assert bench.once("get", there[0]) is None
         bench.tight("delete", there[:1])  # no error where there is nothing
     if bench.can("expire"):
         bench.tight("expire", there)
-        assert bench.first("get", there[0]) == bench.value
+        assert bench.once("get", there[0]) == bench.value
 
 
 @pytest.mark.parametrize("bench", [("shmcache", "str 20"), ("dict", "str 20")], indirect=True)
@@ -79,7 +79,7 @@ def test_forked_processes_work_together(bench: Bench) -> None:
 
     assert bench.together(4, work) == [0, 1, 2, 3]
     shared = bench.peer.does.shared
-    assert [bench.first("get", key) for key in keys] == [bench.value if shared else None] * 4
+    assert [bench.once("get", key) for key in keys] == [bench.value if shared else None] * 4
 
 
 @pytest.mark.parametrize("bench", [("dict", "str 20")], indirect=True)

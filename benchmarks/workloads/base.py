@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
+from benchmarks.loops import Bench, quantile
 from benchmarks.peers import Peer
-
-if TYPE_CHECKING:
-    from benchmarks.loops import Bench
 
 
 class Figure(NamedTuple):
@@ -92,8 +90,6 @@ class Workload:
 
 def tails(metric: str, ordered: Sequence[float]) -> list[Figure]:
     """p99 and p99.9."""
-    from benchmarks.loops import quantile
-
     return [Figure(f"{metric}, {name}", "ns", quantile(ordered, share)) for name, share in TAILS.items()]
 
 

@@ -7,15 +7,13 @@ import gc
 import itertools
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import data
+from benchmarks.loops import Bench
 from benchmarks.peers import Peer
 from benchmarks.workloads.base import Figure, Room, Workload
 from benchmarks.workloads.latency import SLICES
-
-if TYPE_CHECKING:
-    from benchmarks.loops import Bench
 
 KEY, VALUE = 50, 1024  # bytes
 AT_ONCE = 10_000
@@ -76,9 +74,9 @@ class Memory(Workload):
         for start in range(first, first + count, BATCH):
             keys = bench.to_keys(data.long_keys(min(BATCH, first + count - start), start))
             if bench.can("get_many"):
-                present += len(bench.first("get_many", keys))
+                present += len(bench.once("get_many", keys))
             else:
-                present += sum(bench.first("get", key) is not None for key in keys)
+                present += sum(bench.once("get", key) is not None for key in keys)
         return present
 
     def insert(self, bench: Bench, first: int, count: int) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
 
+from benchmarks.loops import Bench
 from benchmarks.peers import Peer
 from benchmarks.workloads.base import Figure, Room, Workload
-
-if TYPE_CHECKING:
-    from benchmarks.loops import Bench
 
 SCRIPT = """
 import time

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import data
+from benchmarks.loops import PACED, Bench, collector_off, quantile
 from benchmarks.peers import Peer
 from benchmarks.workloads.base import Figure, Room, Workload
-
-if TYPE_CHECKING:
-    from benchmarks.loops import Bench
+from benchmarks.workloads.capacity import batches
 
 WRITERS = 4
 RATE = 30_000  # requests a second
@@ -36,8 +35,6 @@ class Readers(Workload):
         self.asked = bench.to_keys(data.zipf(data.keys(bench.store.entries), 1000))
 
     def round(self, bench: Bench, number: int) -> list[Figure]:
-        from benchmarks.loops import quantile
-
         times, idle = bench.together(1 + WRITERS, self.work)[0]
         return [
             Figure(READ_BESIDE, "ns", quantile(sorted(times), 0.999)),
@@ -73,8 +70,6 @@ class Paced(Workload):
         return super().takes(peer, room) and peer.name in self.peers
 
     def prepare(self, bench: Bench) -> None:
-        from benchmarks.workloads.capacity import batches
-
         for keys in batches(bench.store.entries):
             bench.fill(bench.to_keys(keys))
         seconds = 20 if self.scale.name == "full" else 1
@@ -83,8 +78,6 @@ class Paced(Workload):
         self.plan = [(operation, key) for (operation, _), key in zip(plan, keys, strict=True)]
 
     def round(self, bench: Bench, number: int) -> list[Figure]:
-        from benchmarks.loops import PACED, collector_off, quantile
-
         times: list[Any] = []
         loop = bench.loop(PACED, get="get", set="set", delete="delete")
         with collector_off():

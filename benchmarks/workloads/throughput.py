@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from benchmarks import data
+from benchmarks.loops import ASIDE, MIXED, Bench, chunked
 from benchmarks.peers import TTL, Peer
 from benchmarks.workloads.base import Figure, Room, Workload
-
-if TYPE_CHECKING:
-    from benchmarks.loops import Bench
 
 INDEPENDENT = ("dict", "dict+msgpack")  # take part with a store in each process: what the cores can do
 
@@ -23,6 +19,11 @@ class _Together(Workload):
     processes: tuple[int, ...]
     label: str
 
+    @classmethod
+    def metric(cls, count: int) -> str:
+        """How the figure of this many processes is called."""
+        return f"{cls.label}, {count} process{'es' * (count > 1)}"
+
     def plan(self, bench: Bench, number: int) -> list[tuple[int, str]]:
         raise NotImplementedError
 
@@ -30,8 +31,6 @@ class _Together(Workload):
         return [Room("1 KiB", self.scale.entries)]
 
     def prepare(self, bench: Bench) -> None:
-        from benchmarks.loops import chunked
-
         bench.fill(bench.to_keys(data.keys(bench.store.entries)))
         self.plans = []
         for number in range(max(self.processes)):
@@ -43,13 +42,10 @@ class _Together(Workload):
         shared = bench.peer.does.shared or bench.peer.name in INDEPENDENT
         for count in self.processes if shared else self.processes[:1]:
             rates = bench.together(count, self.work)
-            metric = f"{self.label}, {count} process{'es' * (count > 1)}"
-            figures.append(Figure(metric, "ops/s", sum(rates)))
+            figures.append(Figure(self.metric(count), "ops/s", sum(rates)))
         return figures
 
     def work(self, bench: Bench, number: int) -> float:
-        from benchmarks.loops import MIXED
-
         loop = bench.loop(MIXED, get="get", set="set", delete=deleting(bench))
         return float(loop(self.plans[number], bench.value, self.scale.span))
 
@@ -87,16 +83,12 @@ class _Aside(Workload):
         return super().takes(peer, room) and peer.does.evicts
 
     def prepare(self, bench: Bench) -> None:
-        from benchmarks.loops import chunked
-
         self.keys = chunked(bench.to_keys(self.asked_for()))
 
     def asked_for(self) -> list[str]:
         raise NotImplementedError
 
     def run(self, bench: Bench, seconds: float) -> tuple[float, float]:
-        from benchmarks.loops import ASIDE
-
         loop = bench.loop(ASIDE, get="miss" if bench.can("miss") else "get", set=self.set)
         rate, share, done = loop(self.keys, bench.value, seconds)
         turn = done // len(self.keys[0]) % len(self.keys)

@@ -33,8 +33,8 @@ __all__ = ["Blocks"]
 class Blocks:
     """The runs of one shard. A run is named by the number of its first block; lengths are in blocks, sizes in bytes.
 
-    Every method that changes something needs the shard's lock; `place_of`, `holds`, `matches` and `read` do not, and may
-    be given nonsense by a reader whose slot has changed meanwhile: they stay inside the segment and return.
+    Every method that changes something needs the shard's lock; `place_of`, `holds`, `matches` and `read` do not, and
+    may be given nonsense by a reader whose slot has changed meanwhile: they stay inside the segment and return.
     """
 
     def __init__(

@@ -90,7 +90,7 @@ class Member:
 
 
 class Registry:
-    """The process table of one cache and the lock file that proves it. `fd` is its descriptor, the one of this process."""
+    """The process table of one cache and the lock file that proves it. `fd` is this process's descriptor of it."""
 
     def __init__(self, words: memoryview, fd: int, processes: int) -> None:
         self.words = words

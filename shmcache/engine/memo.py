@@ -25,9 +25,9 @@ __all__ = ["Memo"]
 class Memo:
     """A memoized function. Like a function it becomes a method in a class, and is pickled by its name.
 
-    The key of a call by position, with `required` to `most` arguments, is `prefix + args + tail[len(args) - required :]`,
-    where `tail` has the defaults of the parameters that may be left out. Of any other call `bind` makes the key: of every
-    one if `most` is -1. `explain(key, args, kwargs)` raises what is wrong with a key that was refused.
+    The key of a call by position with `required` to `most` arguments is `prefix + args + tail[len(args) - required :]`:
+    the tail has the defaults of parameters that may be left out. Of any other call, which is all of them if `most` is
+    -1, `bind` makes the key. `explain(key, args, kwargs)` raises what is wrong with a key that was refused.
     """
 
     def __init__(

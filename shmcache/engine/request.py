@@ -37,7 +37,7 @@ class Request:
     `key` and `body` point into `key_object`, `body_object` or `small`, which keep the memory alive; run uncompiled they
     are the bytes themselves. A value is its head, in `small` from HEAD_AT on (a msgpack header, or all of a number),
     and its body. On the way out its copy is in `scratch`, which is `room` bytes long at least if a read said so; or, if
-    `is_whole`, in `whole`, all but the first `skip` bytes, which are in `small`: `Reader.copy_whole` says of which values.
+    `is_whole`, in `whole`, all but the first `skip` bytes, which are in `small` (`Reader.copy_whole` says of which).
     """
 
     def __init__(self) -> None:
