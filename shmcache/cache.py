@@ -14,7 +14,7 @@ from shmcache import segment
 from shmcache.attachment import Attachment
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
-from shmcache.engine.store import DEFAULT, MAX_TTL_NS, Default, Store, ttl_to_ns
+from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
 from shmcache.errors import CacheClosed, CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
 from shmcache.log import warn
 from shmcache.segment import Wish
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "parse_size"]
 
-MAX_ENTRIES = 1 << 31
 MOVE_PATIENCE = 0.6  # seconds; everybody who uses the cache notices within 0.25
 
 _UNITS = {"": 1, "B": 1}
@@ -100,7 +99,7 @@ class Cache(Store):
             name=name,
             create=_create,
             max_bytes=None if max_bytes is None else parse_size(max_bytes),
-            max_entries=_count(max_entries, "max_entries", MAX_ENTRIES),
+            max_entries=_count(max_entries, "max_entries", segment.MAX_ENTRIES),
             shards=_count(shards, "shards", layout.MAX_SHARDS),
             eviction=_policy(eviction),
             default_ttl_ns=None if isinstance(default_ttl, Default) else ttl_to_ns(default_ttl, "default_ttl"),
@@ -129,26 +128,9 @@ class Cache(Store):
         (`default_ttl`, in seconds) and CACHE_MAX_MEMORY_MB (`max_bytes`, in MB). An empty one counts as not set. A
         value that makes no cache, or not the live one, is an error that names the variable.
         """
-        options = {"name": "default", **defaults}
-        said: dict[str, str] = {}
-        for variable, option, convert in _VARIABLES:
-            text = os.environ.get(variable, "").strip()
-            if text:
-                try:
-                    options[option] = convert(text)
-                except ValueError as error:
-                    raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
-                said[option] = f"{variable}={text!r}"
-        try:
-            return cls(**options)
-        except (SegmentTooLarge, ValueError) as error:
-            # Messages about the geometry name the arguments that do not do; SegmentTooLarge is about one only.
-            guilty = [said[option] for option in said if f"{option}=" in str(error)]
-            if isinstance(error, SegmentTooLarge) and "max_bytes" in said:
-                guilty = [said["max_bytes"]]
-            if not guilty or type(error) not in (ValueError, GeometryMismatch, SegmentTooLarge):
-                raise
-            raise type(error)(f"{' and '.join(guilty)} in the environment: {error}") from error
+        from shmcache.environment import open_cache  # seldom
+
+        return open_cache(cls, defaults)
 
     # --- the attachment ---------------------------------------------------------------------------------------------
     def _open(self, wish: Wish) -> None:
@@ -439,55 +421,3 @@ def _policy(eviction: str | None) -> str | None:
     if eviction is not None and eviction not in layout.POLICIES:
         raise ValueError(f"eviction={eviction!r}: expected one of {', '.join(map(repr, layout.POLICIES))}")
     return eviction
-
-
-# --- the environment ------------------------------------------------------------------------------------------------
-def _named(text: str) -> str:
-    segment.check_name(text)
-    return text
-
-
-def _entries(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= MAX_ENTRIES:
-        raise ValueError(f"expected a whole number of entries, 1 to {MAX_ENTRIES:,}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number, most = _float(text), MAX_TTL_NS // 10**9
-    if not 0 < number <= most:
-        raise ValueError(
-            f"expected a number of seconds greater than 0 and at most {most:,} (146 years); leave it unset for no "
-            f"expiry, or for the default_ttl that the program gives"
-        )
-    return number
-
-
-def _megabytes(text: str) -> int:
-    number, limit = _float(text), 1 << 43
-    if not 0 < number < limit:
-        raise ValueError(
-            f"expected a number of MB (1,048,576 bytes) greater than 0 and less than {limit:,}, such as 64"
-        )
-    return int(number * 2**20) or 1
-
-
-def _float(text: str) -> float:
-    """The number, or NaN, which no range has."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-_VARIABLES: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
-    ("CACHE_NAME", "name", _named),
-    ("CACHE_MAX_SIZE", "max_entries", _entries),
-    ("CACHE_TTL", "default_ttl", _seconds),
-    ("CACHE_MAX_MEMORY_MB", "max_bytes", _megabytes),
-)
-"""Each variable of `Cache.from_env`, the argument it stands for, and what makes the one of the other."""

@@ -55,6 +55,7 @@ if not DIRECTORY.is_dir():
 
     DIRECTORY = Path(tempfile.gettempdir())
 MAX_NAME = 100
+MAX_ENTRIES = 1 << 31
 RESERVE_STEP = 4 * 2**20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _LOCK_SUFFIX = "~lock"

@@ -28,9 +28,9 @@ class ProcessStats:
 class Stats:
     """The figures of a cache at one moment. Counts are totals of all processes since creation; sizes are in bytes.
 
-    `hit_ratio` is the share (0 to 1) of reads that found something, None before the first.
-    `attached` is in the order of pids. `bytes_used` is what keys and values take of `max_bytes`; `bytes_free` what blocks are free for more. The peaks
-    are sums of the shards' peaks, so the true ones are at most these.
+    `hit_ratio` is the share (0 to 1) of reads that found something, None before the first. `attached` is in
+    the order of pids. `bytes_used` is what keys and values take of `max_bytes`; `bytes_free` what blocks are free for
+    more. The peaks are sums of the shards' peaks, so the true ones are at most these.
     `recoveries` counts locks taken over from dead processes. `lock_wait_seconds` is summed over all waits.
     """
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import get_ident
 from time import sleep
-from typing import Any
+from typing import Any, TypeVar
 
 try:
     import cython
@@ -48,6 +48,8 @@ from shmcache.engine.layout import Geometry
 from shmcache.errors import LockTimeout
 
 __all__ = ["Shard"]
+
+Result = TypeVar("Result")
 
 
 @cython.final
@@ -180,7 +182,7 @@ class Shard:
             self.run([request], 0, now, timeout_ns)
         return request.status
 
-    def alone(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Uncompiled: do `work` with the mutex, and leave whatever it entered, whether it ended or was interrupted.
 
         Python code can be interrupted anywhere: `leave` rolls back what was not finished.
@@ -200,7 +202,8 @@ class Shard:
                 self.leave()  # a signal handler that raised may have interrupted the first
                 self.mutex().owner = 0
 
-    def enter_and(self, timeout_ns: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    def enter_and(self, timeout_ns: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Take the lock, then do `work`."""
         self.enter(timeout_ns)
         return work(*arguments)
 
