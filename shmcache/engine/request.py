@@ -40,6 +40,16 @@ class Request:
     `is_whole`, in `whole`, all but the first `skip` bytes, which are in `small` (`Reader.copy_whole` says of which).
     """
 
+    # fmt: off
+    # Uncompiled: of more than 30 attributes each object has a dict of its own, of 1.5 KB.
+    __slots__ = (  # noqa: RUF023
+        "op", "status", "key_object", "body_object", "packer", "small_memory", "small", "scratch_memory", "scratch",
+        "whole", "key_size", "key_kind", "hash", "head_size", "body_size", "value_size", "room", "skip", "expiry",
+        "version", "slot", "now", "refusals", "given_up", "number", "initial", "in_use", "is_whole", "keep_expiry",
+        "has_initial", "wants_value", "key", "body",
+    )
+    # fmt: on
+
     def __init__(self) -> None:
         self.op = self.status = 0
         self.key_object: object = None
