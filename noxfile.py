@@ -19,6 +19,9 @@ import nox
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
+# Most tests wait for processes of their own: a test process for each core takes little more than half the time.
+SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal")
+
 # A build or a test is told its mode here and by nobody else.
 for variable in ("SHMCACHE_PURE", "SHMCACHE_REQUIRE_EXTENSION", "SHMCACHE_SANITIZE"):
     os.environ.pop(variable, None)
@@ -122,6 +125,14 @@ def smoke(session: nox.Session, mode: str, **env: str) -> None:
         session.run("python", "-c", SMOKE, env={"EXPECT": mode, **env}, log=False)
 
 
+def copy_of_sources(session: nox.Session) -> Path:
+    """A fresh copy, without what was built."""
+    copy = Path(session.create_tmp(), "clone").resolve()
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info"))
+    return copy
+
+
 # --- the sessions ---------------------------------------------------------------------------------------------------
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -161,14 +172,12 @@ def tests(session: nox.Session, mode: str) -> None:
     env["SHMCACHE_OTHER_PYTHONS"] = os.pathsep.join(
         sorted(str(python) for python in others if session.virtualenv.location not in str(python))
     )
-    # Most tests wait for processes of their own: a test process for each core takes little more than half the time.
-    spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
     # These run on the sources whatever is installed: the other mode has them.
     elsewhere = ["faults", "double_deaths"] if mode == "compiled" else []
     if session.python != PYTHONS[0]:
         elsewhere.append("lock_model")  # it knows no Python
     repeated = [f"--deselect=tests/test_torture.py::test_short[{part}]" for part in elsewhere]
-    session.run("pytest", *spread, *repeated, *session.posargs, env=env)
+    session.run("pytest", *SPREAD, *repeated, *session.posargs, env=env)
 
 
 COVERING = ("attachment", "contract", "distrust", "errors", "expiry", "faults", "journal", "keys", "lock", "repair")
@@ -186,9 +195,8 @@ def coverage(session: nox.Session) -> None:
     env = {"SHMCACHE_PURE": "1", "COVERAGE_FILE": str(Path(session.create_tmp(), "coverage").resolve())}
     session.run("coverage", "erase", env=env)
     files = [f"tests/test_{name}.py" for name in COVERING]
-    spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
     chosen = " and ".join(f"not {name}" for name in NOT_COVERING)
-    session.run("coverage", "run", "-m", "pytest", *spread, "-k", chosen, *files, *session.posargs, env=env)
+    session.run("coverage", "run", "-m", "pytest", *SPREAD, "-k", chosen, *files, *session.posargs, env=env)
     session.run("coverage", "combine", "--quiet", env=env)
     session.run("coverage", "report", "--include=shmcache/engine/*", "--fail-under=100", env=env)
 
@@ -219,9 +227,7 @@ def sanitize(session: nox.Session) -> None:
             session.skip(f"needs {library} of {compiler}")
         libraries.append(found)
     # A copy, for its extensions are to be used by nobody else, and those of others not to be taken for its own.
-    copy = Path(session.create_tmp(), "clone").resolve()
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info"))
+    copy = copy_of_sources(session)
     env = {
         "LD_PRELOAD": ":".join(libraries),  # Python itself is not built so, and it must be there before the extensions
         # Python keeps memory until its end on purpose. And what is freed is to be kept back for a while, not for ever.
@@ -234,9 +240,8 @@ def sanitize(session: nox.Session) -> None:
         is_so = "import shmcache.engine.store as it; assert b'__asan_init' in open(it.__file__, 'rb').read()"
         session.run("python", "-c", is_so, env=env)
         short = ["tests/test_contract.py", "tests/test_hostile.py", "tests/test_torture.py::test_short[hostile]"]
-        spread = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
         left_out = [f"--deselect=tests/{test}" for test in NOT_SANITIZED]
-        session.run("pytest", *spread, *left_out, *(session.posargs or short), env=env)
+        session.run("pytest", *SPREAD, *left_out, *(session.posargs or short), env=env)
 
 
 @nox.session
@@ -309,8 +314,6 @@ def package(session: nox.Session) -> None:
 def readme(session: nox.Session) -> None:
     """The command of the README that runs the demo, in a fresh copy of the sources."""
     [command] = [line for line in Path("README.md").read_text().splitlines() if line.endswith("shmcache demo")]
-    copy = Path(session.create_tmp(), "clone").resolve()
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info"))
+    copy = copy_of_sources(session)
     with session.chdir(copy):
         session.run("bash", "-euc", command, external=True)
