@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 
 BUDGET = Path(__file__).with_name("budget.json")
-TOLERANCE = 0.05  # compilers and C libraries differ a little
+TOLERANCE = 0.08  # compilers and C libraries differ, and malloc finds a kilobyte now here, now there
 FEW, MANY = 200, 4200
 
 OPERATIONS = {
