@@ -180,7 +180,19 @@ def tests(session: nox.Session, mode: str) -> None:
     session.run("pytest", *SPREAD, *repeated, *session.posargs, env=env)
 
 
-COVERING = ("attachment", "contract", "distrust", "errors", "expiry", "faults", "journal", "keys", "lock", "repair")
+COVERING = (
+    "attachment",
+    "contract",
+    "distrust",
+    "errors",
+    "expiry",
+    "faults",
+    "journal",
+    "keys",
+    "lock",
+    "message",
+    "repair",
+)
 # Other shapes of the cache come by the same lines, and these tests take long when each line is counted.
 NOT_COVERING = ("many_shards", "tiny", "large", "odd_size", "tenth_of_the_entries", "many_small_writes")
 

@@ -36,6 +36,7 @@ COMPILED = (
     "store",
     "repair",
     "membership",
+    "message",
     "request",
 )
 

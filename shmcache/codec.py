@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
+from shmcache.engine.message import pack_plain
 from shmcache.errors import SerializationError
 
 __all__ = ["MAX_NESTING", "Codec", "Extension", "Serializer", "decode_key", "encode_key"]
@@ -115,6 +116,10 @@ class Codec:
         if self._foreign is not None:
             return self._encode_foreign(value)
         if kind in _PLAIN:
+            if kind is dict or kind is list:
+                packed = pack_plain(value)
+                if packed is not None:
+                    return packed
             try:
                 data = pack(value)
             except _PASSING:

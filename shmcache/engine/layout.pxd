@@ -94,6 +94,9 @@ cdef enum:
     TUPLE_AT = 4
     LARGE = 256
     HEAD_AT = 16
+    PLAIN_DEPTH = 16
+    MAX_PLAIN = 1048576
+    KNOWN_KEYS = 256
     BLOCK_WORDS = 8
     BLOCK_BYTES = 64
     RUN_HEADER_BYTES = 8

@@ -142,6 +142,9 @@ TUPLE_ROOM = 256  # bytes for a tuple that is a key: a longer one takes the slow
 TUPLE_AT = 4  # where in it the parts are, behind a header
 LARGE = 256  # bytes from where on a value that is bytes is copied straight into the object that is returned
 HEAD_AT = 16  # where in a request's small memory the value's head is, behind a number that is the key
+PLAIN_DEPTH = 16  # levels of lists and dicts that are read and written without codec.py
+MAX_PLAIN = 1 << 20  # and bytes of a message that is written so
+KNOWN_KEYS = 256  # keys of dicts that are kept, a power of 2
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
 BLOCK_WORDS = 8

@@ -131,6 +131,8 @@ cdef extern from * nogil:
     static inline shm_word shm_get_number(const unsigned char *d, shm_word size, shm_word at, shm_word n) {
         shm_word i, v = 0;
         if (SHM_UNLIKELY(!shm_bytes_inside(size, at, n))) return 0;
+        if (n == 1) return d[at];
+        if (n == 2) return (shm_word)d[at] << 8 | d[at + 1];
         for (i = 0; i < n; i++) v = (v << 8) | d[at + i];
         return v;
     }

@@ -1,6 +1,7 @@
 from shmcache.engine.keys cimport TuplePacker
+from shmcache.engine.message cimport Message
 
-cdef class Request:
+cdef class Request(Message):
     cdef TuplePacker packer
     cdef int op, status
     cdef object key_object, body_object
@@ -9,7 +10,6 @@ cdef class Request:
     cdef unsigned long long key_size, key_kind, hash
     cdef object small_memory, scratch_memory, whole
     cdef unsigned char[::1] small
-    cdef unsigned char[::1] scratch
     cdef unsigned long long head_size, body_size, value_size, room, skip
     cdef unsigned long long expiry, version, slot, now
     cdef int refusals

@@ -17,10 +17,12 @@ except ModuleNotFoundError:
 if cython.compiled:
     from cython.cimports.shmcache.engine.keys import TuplePacker
     from cython.cimports.shmcache.engine.layout import *
+    from cython.cimports.shmcache.engine.message import Message
     from cython.cimports.shmcache.engine.primitives import *
 else:
     from shmcache.engine.keys import TuplePacker
     from shmcache.engine.layout import *
+    from shmcache.engine.message import Message
     from shmcache.engine.primitives import *
 
 from shmcache.codec import decode_key, encode_key
@@ -31,7 +33,7 @@ __all__ = ["Request"]
 
 @cython.final
 @cython.cclass
-class Request:
+class Request(Message):
     """A scratch record that the store reuses, so that an operation allocates nothing but its result.
 
     `key` and `body` point into `key_object`, `body_object` or `small`, which keep the memory alive; run uncompiled they
@@ -59,6 +61,7 @@ class Request:
         self.small = memoryview(self.small_memory)
         self.scratch_memory = bytearray(0)  # most writes need none
         self.scratch = memoryview(self.scratch_memory)
+        self.at = self.end = 0  # as Message has it: to have it make its own would be a sixth of a set_many
         self.whole: Any = None
         self.key_size = self.key_kind = self.hash = 0
         self.head_size = self.body_size = self.value_size = self.room = self.skip = 0
@@ -246,6 +249,11 @@ class Request:
             width = 1 << (mark - 0xC4)
             if size == 1 + width + read_number(self.scratch, 1, width):
                 return make_bytes(self.scratch, 1 + width, size - 1 - width)
+        elif 0x80 <= mark < 0xA0 or 0xDC <= mark <= 0xDF:
+            if cython.compiled:  # else the msgpack library is faster
+                value = self.unpack(size)
+                if value is not None:
+                    return value
         elif size == 1:
             if mark < 0x80:
                 return mark
