@@ -34,6 +34,8 @@ class Message:
     What cannot be read moves `at` beyond `end`, where it stays: all that is asked for next is not there.
     """
 
+    __slots__ = ("at", "end", "scratch")
+
     def __init__(self) -> None:
         self.scratch = memoryview(bytearray(0))
         self.at = self.end = 0

@@ -33,6 +33,7 @@ ENGINE = Path(engine.__file__).parent
 # Stores outside of any critical section, or that no death can come between.
 ELSEWHERE = {
     "keys.TuplePacker.add": "memory of this process alone",
+    "message.Message.put_body": "memory of this process alone",
     "membership.Member.count": "a statistic in this process's own line",
     "membership.Registry._take_line": "under the setup lock: tests/test_processes.py kills a creator at each of them",
     "membership.Registry.take_leave": "the last store of a process that detaches",
