@@ -56,6 +56,8 @@ def test_sizes(cache: Cache, size: int) -> None:
     for text in ("x" * size, "\xe9" * (size // 2) + "x" * (size % 2), b"x" * size):
         keep(cache, (text,))
         keep(cache, (text, 1))
+        for last in (b"b", "b", b"", "", 98):  # where there is room for some of it
+            keep(cache, (text, last))
     keep(cache, (None,) * size)
     keep(cache, (2**40,) * size)
 

@@ -68,7 +68,7 @@ class TuplePacker:
                 head = write_number(self.room, at, 0xA0 | size, 0, 0)
             else:
                 head = write_number(self.room, at, 0xD9, size, 1)  # there is no room for 256 bytes
-            if copy_in(self.room, at + head, text_pointer(part), size):
+            if head and copy_in(self.room, at + head, text_pointer(part), size):
                 self.size = head + size
         elif kind is int:
             if is_long_long(part):
@@ -76,7 +76,7 @@ class TuplePacker:
         elif kind is bytes:
             size = bytes_size(part)
             head = write_number(self.room, at, 0xC4, size, 1)
-            if copy_in(self.room, at + head, bytes_pointer(part), size):
+            if head and copy_in(self.room, at + head, bytes_pointer(part), size):
                 self.size = head + size
         elif part is None:
             self.size = write_number(self.room, at, 0xC0, 0, 0)
