@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import inspect
 import math
 import os
@@ -1872,3 +1873,29 @@ def test_threads_that_close_and_open_beside_others(cache: Cache) -> None:
     in_threads(8, work)
     assert cache.stats().processes == 1
     assert len(cache) == 4
+
+
+@pytest.mark.skipif(not is_compiled(), reason="uncompiled, every operation has a request of its own")
+def test_a_finalizer_within_an_operation_gets_no_memory_that_is_in_use(cache: Cache) -> None:
+    """Where a large value is let go of, memory is made, and Python before 3.12 may collect there."""
+    room: int = cache.attachment.geometry.max_entry_bytes
+    cache.set("large", ["x" * min(3 * 2**20, room // 2)])
+    cache.set("key", ["value" * 100])
+    found: list[Any] = []
+
+    def collected(phase: str, _: object) -> None:
+        if phase == "stop":
+            found.append(cache.get("key"))
+
+    gc.callbacks.append(collected)
+    try:
+        for threshold in range(1, 12):
+            gc.collect()
+            gc.set_threshold(threshold, 100, 100)
+            list(cache.values())
+            gc.set_threshold(0)
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(700, 10, 10)
+    assert found
+    assert all(each == ["value" * 100] for each in found)

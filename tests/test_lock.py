@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -497,3 +498,19 @@ class CountingLock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def test_a_waiter_that_has_become_nobody_while_it_asked_takes_no_lock(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread closed the cache while the kernel was asked about the holder, which is dead."""
+
+    def is_alive(owner: int) -> bool:
+        bench.member.owner = 0
+        return False
+
+    monkeypatch.setattr(bench.member, "registry", SimpleNamespace(is_alive=is_alive))
+    bench.holder = OTHER
+    with pytest.raises(CacheClosed):
+        bench.lock.acquire(FOREVER)
+    assert bench.holder == OTHER

@@ -103,7 +103,10 @@ class Lock:
                 since = now
             elif holder and now - since > PROBE_NS:
                 if holder != self.member.owner and not self.member.registry.is_alive(holder):
-                    taken = compare_and_swap(self.words, self.header + S_LOCK, holder, self.member.owner, self.guard)
+                    # Asking lets other threads run. One may have closed the cache: then we are nobody.
+                    taken = self.member.owner != 0 and compare_and_swap(
+                        self.words, self.header + S_LOCK, holder, self.member.owner, self.guard
+                    )
                     if taken:
                         self.member.count(C_RECOVERIES, 1)
                         break

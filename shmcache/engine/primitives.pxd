@@ -63,7 +63,7 @@ cdef extern from * nogil:
     }
     static inline int shm_copy_in_at(unsigned char *d, shm_word size, shm_word at, const unsigned char *from, shm_word n) {
         if (SHM_UNLIKELY(!shm_bytes_inside(size, at, n))) return 0;
-        memcpy(d + at, from, n);
+        if (n) memcpy(d + at, from, n);  /* of nothing, `from` may be NULL */
         return 1;
     }
     static inline int shm_copy_at(unsigned char *d, shm_word dsize, shm_word dat,

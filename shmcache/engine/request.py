@@ -84,12 +84,13 @@ class Request(Message):
 
     def release(self) -> None:
         """Let go of the objects of the operation before, and of a scratch that grew large."""
-        self.in_use = self.is_whole = False
+        self.is_whole = False
         self.key_object = self.body_object = self.whole = None
         self.given_up = 0
         if len(self.scratch) > 1_048_576:
             self.scratch_memory = bytearray(SCRATCH)
             self.scratch = memoryview(self.scratch_memory)
+        self.in_use = False  # last: making memory may run a finalizer, which would be given this request
 
     # --- keys -------------------------------------------------------------------------------------------------------
     def set_key(self, key: object) -> int:
