@@ -7,7 +7,7 @@ values
 - None, bool, int, float, complex, str, bytes, and tuples and frozensets of values, count as they are;
 - functions count by this rule, so a wrapper is told by its own code and by the function that it wraps;
 - modules, classes, members of enums and functions written in C count by name, if an import finds them under it, and
-  `attrgetter` and `itemgetter` by what they get;
+  `attrgetter` and `itemgetter` by what they get; a module that is run as a program counts by the file it is in;
 - a memoized function counts by the name that its results have; one with an `lru_cache` is the function beneath it;
 - anything else is refused, for it cannot be told apart, or may change.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -30,7 +31,7 @@ from weakref import WeakKeyDictionary
 
 from shmcache.engine.memo import Memo
 
-__all__ = ["beneath_lru_cache", "fingerprint", "memoized_names"]
+__all__ = ["beneath_lru_cache", "fingerprint", "memoized_names", "module_name"]
 
 memoized_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # by the decorated function
 
@@ -50,6 +51,17 @@ def beneath_lru_cache(function: Any) -> Any:
     while isinstance(function, functools._lru_cache_wrapper):
         function = function.__wrapped__
     return function
+
+
+def module_name(name: str) -> str:
+    """What a module is called in all processes: each calls the program that it runs `__main__`, and so may another."""
+    if name not in ("__main__", "__mp_main__"):
+        return name
+    module = sys.modules.get(name)
+    spec, file = getattr(module, "__spec__", None), getattr(module, "__file__", None)
+    if spec is not None:
+        return str(spec.name)
+    return os.path.realpath(file) if isinstance(file, str) else name
 
 
 class _Describer:
@@ -94,7 +106,8 @@ class _Describer:
         raise self.refusal(trail, _article(value))
 
     def describe_function(self, function: FunctionType, trail: tuple[str, ...]) -> bytes:
-        names = (str(function.__globals__.get("__name__")), str(function.__module__), function.__qualname__)
+        modules = map(module_name, map(str, (function.__globals__.get("__name__"), function.__module__)))
+        names = (*modules, function.__qualname__)
         parts = [*(name.encode() for name in names), self.describe_code(function.__code__, trail)]
         for what, values in (
             ("has the default", _defaults(function)),
@@ -191,7 +204,7 @@ def _import_name(value: Any) -> str | None:
     found: Any = sys.modules.get(module)
     for name in path:
         found = getattr(found, name, None)
-    return ".".join([module, *path]) if found is value else None
+    return ".".join([module_name(module), *path]) if found is value else None
 
 
 def _article(value: object) -> str:

@@ -15,7 +15,7 @@ from shmcache.codec import encode_key
 from shmcache.engine.memo import Memo
 from shmcache.engine.store import DEFAULT
 from shmcache.errors import SerializationError
-from shmcache.fingerprint import beneath_lru_cache, fingerprint, memoized_names
+from shmcache.fingerprint import beneath_lru_cache, fingerprint, memoized_names, module_name
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -141,7 +141,7 @@ def _inspect(function: Any) -> tuple[str, inspect.Signature]:
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not callable(function) or not isinstance(name, str):
         raise TypeError(f"memoize decorates functions, not {kind} ({function!r}): write a def that calls it")
-    label = f"{module}.{name}" if isinstance(module, str) else name
+    label = f"{module_name(module)}.{name}" if isinstance(module, str) else name
     try:
         return label, inspect.signature(beneath_lru_cache(function), follow_wrapped=False)
     except ValueError:

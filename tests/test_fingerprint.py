@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -377,3 +378,40 @@ def cache_of_its_own(name: str) -> Iterator[Cache]:
         yield cache
         assert cache.check() == []
         cache.unlink()
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+PROGRAM = """
+import multiprocessing, sys
+from shmcache import Cache
+
+cache = Cache(sys.argv[1])
+PLACE = {place!r}
+
+@cache.memoize(ttl=60)
+def where(number):
+    return f"{{PLACE}} {{number}}"
+
+def key_of_one():
+    return where.cache_key(1)
+
+if __name__ == "__main__":
+    print(where(1), len(cache))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(key_of_one) == key_of_one()
+        assert pool.apply(where, (1,)) == where(1)
+    print(len(cache))
+"""
+
+
+def test_programs_are_told_apart_and_their_children_are_not(name: str, tmp_path: Path) -> None:
+    """Each is `__main__` to itself, and `__mp_main__` to the children that it spawns."""
+    said = []
+    with Cache(name, max_bytes="1MB", max_entries=100):
+        for place in ("here", "there"):
+            program = tmp_path / f"{place}.py"
+            program.write_text(PROGRAM.format(place=place))
+            ended = subprocess.run([sys.executable, program, name], capture_output=True, text=True, timeout=120)
+            assert ended.returncode == 0, ended.stderr
+            said.append(ended.stdout.split("\n")[:2])
+    assert said == [["here 1 1", "1"], ["there 1 2", "2"]]
