@@ -12,6 +12,7 @@ if sys.platform == "win32":
         "Linux, or in WSL 2"
     )
 
+from shmcache.batch import Batch, Pending
 from shmcache.cache import Cache, parse_size
 from shmcache.codec import Serializer
 from shmcache.engine.store import DEFAULT, is_compiled
@@ -33,7 +34,6 @@ from shmcache.errors import (
 from shmcache.version import __version__
 
 if TYPE_CHECKING:
-    from shmcache.batch import Batch, Pending
     from shmcache.memoize import CacheInfo
     from shmcache.stats import EntryInfo, ProcessStats, Stats
 
@@ -66,10 +66,8 @@ __all__ = [
 ]
 
 _LATER = {
-    "Batch": "batch",
     "CacheInfo": "memoize",
     "EntryInfo": "stats",
-    "Pending": "batch",
     "ProcessStats": "stats",
     "Stats": "stats",
 }

@@ -7,6 +7,8 @@ __all__ = ["warn"]
 
 def warn(message: str, *arguments: object) -> None:
     """Log a warning, as that of the line that calls this."""
-    import logging
-
+    try:
+        import logging
+    except OSError:  # a process that may open no more files goes on without
+        return
     logging.getLogger("shmcache").warning(message, *arguments, stacklevel=2)

@@ -63,7 +63,7 @@ def test_the_sources_can_be_forced() -> None:
 
 NOT_NEEDED = (
     "click dataclasses decimal fractions hashlib inspect json logging numpy pickle psutil random secrets subprocess "
-    "tempfile uuid zoneinfo shmcache.batch shmcache.extensions shmcache.memoize shmcache.reaper shmcache.stats"
+    "tempfile uuid zoneinfo shmcache.extensions shmcache.memoize shmcache.reaper shmcache.stats"
 )
 """Modules that take longer to import than attaching to a cache takes, each imported when it is needed."""
 

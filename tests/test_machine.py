@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import importlib
 import itertools
 import logging
 import multiprocessing
@@ -37,6 +38,8 @@ from tests.processes import (
     run_python,
     until,
 )
+
+importlib.import_module("shmcache.stats")  # otherwise with its first use, for which there may be no file left
 
 SHM = Path("/dev/shm")
 PAGE = os.sysconf("SC_PAGE_SIZE")
