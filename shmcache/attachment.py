@@ -35,7 +35,7 @@ from shmcache.errors import CacheNotFound, CorruptSegment, GeometryMismatch, Shm
 from shmcache.log import warn
 from shmcache.segment import Wish
 
-__all__ = ["Attachment", "attach", "release"]
+__all__ = ["Attachment", "attach", "detach_dropped", "release"]
 
 
 class Attachment:
@@ -46,7 +46,8 @@ class Attachment:
         self.file: Descriptor | None = file
         self.lock_file: LockFile | None = lock_file
         self.geometry = geometry
-        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # the `Cache` objects that work on it
+        # The `Cache` objects that work on it, by their id: a subclass may compare them as it likes.
+        self.users: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.left_to_parent = False
         self.was_reported = False  # that its files are gone
         self.is_dropped = False  # collected, and yet to be detached
@@ -71,7 +72,7 @@ class Attachment:
             )
             for number, sleeper in enumerate(self.sleepers)
         ]
-        lock_file.users.add(self)
+        lock_file.add_user(self)
         _all[id(self)] = self
 
     def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -79,7 +80,7 @@ class Attachment:
         if hasattr(self, "shards") and not self._detached and not _is_finalizing():
             self.is_dropped = True
             _dropped.append(self)
-            _detach_dropped()
+            detach_dropped()
 
     @property
     def segment_fd(self) -> int:
@@ -212,19 +213,20 @@ def attach(wish: Wish, user: object) -> Attachment:
         with segment.mutex_of(wish.name):
             return _attach(wish, user)
     finally:
-        _detach_dropped()
+        detach_dropped()
 
 
 def _attach(wish: Wish, user: object) -> Attachment:
     attachment = _attachments.get(wish.name)
-    was_user = attachment is not None and user in attachment.users
+    was_user = attachment is not None and id(user) in attachment.users
     if attachment is not None:
-        attachment.users.add(user)  # before a finalizer can close the last one
-        if attachment.is_dropped:
+        is_abandoned = attachment.is_dropped or not attachment.users  # it is being collected just now
+        attachment.users[id(user)] = user  # before a finalizer can close the last one
+        if is_abandoned:
             attachment.detach()
         if not attachment.is_current():
             if not was_user:
-                attachment.users.discard(user)
+                attachment.users.pop(id(user), None)
             attachment.disown()
             attachment, was_user = None, False
     if attachment is None:
@@ -236,12 +238,12 @@ def _attach(wish: Wish, user: object) -> Attachment:
         except (OSError, posix_ipc.Error) as error:
             raise segment.explained(error, wish.name) from error
     try:
-        attachment.users.add(user)
+        attachment.users[id(user)] = user
         attachment.member.join(wish.timeout)  # a forked child has it from its parent, whose line is not the child's
         attachment.check(wish)
     except BaseException:
         if not was_user:
-            attachment.users.discard(user)
+            attachment.users.pop(id(user), None)
         if not attachment.users:
             attachment.detach()
         raise
@@ -252,14 +254,14 @@ def release(attachment: Attachment, user: object) -> None:
     """Undo one `attach`; the last one detaches."""
     try:
         with segment.mutex_of(attachment.name):
-            attachment.users.discard(user)
+            attachment.users.pop(id(user), None)
             if not attachment.users:
                 attachment.detach()
     finally:
-        _detach_dropped()
+        detach_dropped()
 
 
-def _detach_dropped() -> None:
+def detach_dropped() -> None:
     """Detach what was collected, unless this thread is in the midst of something: it might wait for itself.
 
     (Or wait, within what another thread waits for, for what that thread has: a collector runs anywhere.)

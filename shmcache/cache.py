@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from shmcache import attachment as attachments
 from shmcache import segment
 from shmcache.attachment import Attachment
+from shmcache.batch import Batch
 from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
@@ -20,7 +21,6 @@ from shmcache.log import warn
 from shmcache.segment import Wish
 
 if TYPE_CHECKING:
-    from shmcache.batch import Batch
     from shmcache.memoize import Memoized
     from shmcache.stats import EntryInfo, Stats
 
@@ -94,6 +94,8 @@ class Cache(Store):
             raise ValueError(f"lock_timeout={lock_timeout!r}: expected more than 0 seconds and at most a day")
         if not isinstance(ephemeral, bool):
             raise TypeError(f"ephemeral is True or False, not {ephemeral!r}")
+        if clock is not None and not callable(clock):
+            raise TypeError(f"clock is a function that returns ns, not {type(clock).__name__} ({clock!r})")
         super().__init__(codec.encode, codec.decode, lock_timeout, clock)
         self._wish = Wish(
             name=name,
@@ -145,26 +147,38 @@ class Cache(Store):
                 raise self._closed_error()
             if self.attachment not in (old, None):
                 return  # another thread has seen to it
-            if self.attachment is None:
+            if old is None or self.attachment is None:
                 self._open_as_before()
-                return
-            assert old is not None
-            if not (old.was_reported or old.left_to_parent):
-                warn("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
-                old.was_reported = True
-            self._before = self._wish_for(old)
-            try:
-                self._open_as_before()
-            except (SegmentTooLarge, SharedMemoryUnavailable):
-                # No room for two. Memory is given back when nobody has it any more, descriptors when this process has
-                # closed them: let go, and wait for the other processes to do so.
-                for cache in list(old.users):
-                    cache._let_go(old)
-                old.forget_memory()
-                self._await_room()
             else:
-                if self.attachment is not old:
-                    attachments.release(old, self)
+                self._move(old)
+            self._leave_if_closed()
+        attachments.detach_dropped()
+
+    def _leave_if_closed(self) -> None:
+        # `close` notes that it was called before it looks what to detach from, so one of us sees the other.
+        attachment = self.attachment
+        if self._closed and attachment is not None:
+            self._abandon()
+            attachments.release(attachment, self)
+
+    def _move(self, old: Attachment) -> None:
+        """From an attachment whose files are gone to a new one."""
+        if not (old.was_reported or old.left_to_parent):
+            warn("the files of cache %r were unlinked or closed while in use: attaching anew", self.name)
+            old.was_reported = True
+        self._before = self._wish_for(old)
+        try:
+            self._open_as_before()
+        except (SegmentTooLarge, SharedMemoryUnavailable):
+            # No room for two. Memory is given back when nobody has it any more, descriptors when this process has
+            # closed them: let go, and wait for the other processes to do so.
+            for cache in list(old.users.values()):
+                cache._let_go(old)
+            old.forget_memory()
+            self._await_room()
+        else:
+            if self.attachment is not old:
+                attachments.release(old, self)
 
     def _let_go(self, old: Attachment) -> None:
         if self.attachment is old:
@@ -306,8 +320,6 @@ class Cache(Store):
 
     def batch(self) -> Batch:
         """Collects operations of any kind in a `with` block, and performs them at its end, taking each lock once."""
-        from shmcache.batch import Batch  # seldom
-
         self._attached()
         return Batch(self)
 

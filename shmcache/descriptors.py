@@ -27,10 +27,26 @@ from shmcache.engine.primitives import process_epoch
 __all__ = ["Descriptor", "LockFile", "is_open", "open_file", "open_lock_file", "open_shared_memory", "standard_taken"]
 
 
-class Descriptor(io.FileIO):
-    """An open file that closes itself when it is collected."""
+class Descriptor:
+    """An open file that closes itself when it is collected.
 
-    identity: tuple[int, int] | None = None  # device and inode, once they are known
+    The number belongs to a `FileIO`, whose `close` gives it up and closes it in one call of C. So of several threads
+    that close it one does, and nobody closes what has got the number since.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.identity = identity_of(file.fileno())
+        _open[file] = (weakref.ref(self), self.identity)
+
+    def fileno(self) -> int:
+        """The number; raises ValueError once it is closed."""
+        return self._file.fileno()
+
+    @property
+    def closed(self) -> bool:
+        """Whether we have closed it."""
+        return self._file.closed
 
     def link_count(self) -> int:
         """How many names the file has; 0 also if somebody has closed the descriptor."""
@@ -42,27 +58,21 @@ class Descriptor(io.FileIO):
 
     def is_lost(self) -> bool:
         """Whether somebody else has closed it (daemons close all there are), so that its number may be another's."""
-        return not self.closed and self.identity not in (None, _identity(self.fileno()))
+        try:
+            return identity_of(self.fileno()) != self.identity
+        except ValueError:  # we have closed it
+            return False
 
     def close_own(self) -> None:
         """Close it, unless somebody else has."""
-        if not self.closed and not self.is_lost():
-            number = self.fileno()
-            self.close()
-            _numbers.pop(number, None)
+        if not self.is_lost():
+            self._file.close()
+            _open.pop(self._file, None)
 
     def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # When the interpreter ends, modules may be emptied; closing says nothing then, where the base class would warn.
-        if not _is_finalizing() and self.is_lost():
-            _lost.append(self)
-            return
-        if not self.closed:
-            number = self.fileno()
-            try:  # noqa: SIM105
-                self.close()
-            except OSError:
-                pass
-            _numbers.pop(number, None)
+        # When the interpreter ends, modules may be emptied.
+        if hasattr(self, "identity") and not _is_finalizing():
+            self.close_own()
 
 
 class LockFile:
@@ -87,11 +97,18 @@ class LockFile:
     def __exit__(self, *_: object) -> None:
         self.close_unless_used()
 
+    def add_user(self, user: object) -> None:
+        """Keep it open until `user` is discarded from `users` and it is closed."""
+        self.users.add(user)
+        _used[self.identity] = self
+
     def close_unless_used(self) -> None:
         """Close it if it has no users. The caller excludes other threads that want the same file."""
         if not self.users:
             for descriptor in (self.descriptor, *self.spare):
                 descriptor.close_own()
+            if _used.get(self.identity) is self:
+                del _used[self.identity]
 
     def is_open(self) -> bool:
         """Whether it can be used: neither we nor others have closed it."""
@@ -114,10 +131,10 @@ class LockFile:
         return False
 
 
-_numbers: dict[int, tuple[int, int]] = {}  # what files the open ones are
-_open: weakref.WeakValueDictionary[int, Descriptor] = weakref.WeakValueDictionary()  # by number
-_lost: list[Descriptor] = []  # kept, for they would be closed when collected
+# Each open file, with the object that it belongs to. One that is lost stays here: collected, it would close its number.
+_open: dict[io.FileIO, tuple[weakref.ref[Descriptor], tuple[int, int] | None]] = {}
 _lock_files: weakref.WeakValueDictionary[tuple[int, int] | None, LockFile] = weakref.WeakValueDictionary()
+_used: dict[tuple[int, int] | None, LockFile] = {}  # held, or a collector would make us forget one that is still locked
 
 
 def open_file(path: Path | str, flags: int) -> Descriptor:
@@ -131,33 +148,25 @@ def open_shared_memory(name: str, flags: int) -> Descriptor:
 
 
 def _owned(numbers: Iterator[int]) -> Descriptor:
-    _tidy()
+    _close_unowned()
     # From C to C: no signal handler, which might raise, runs between opening and owning.
-    descriptor = next(map(Descriptor, numbers))
-    number = descriptor.fileno()
-    descriptor.identity = identity = _identity(number)
-    assert identity is not None
-    _open[number] = descriptor
-    _numbers[number] = identity
-    return descriptor
+    return Descriptor(next(map(io.FileIO, numbers)))
 
 
-def _tidy() -> None:
-    """Keep what is lost, for a new one may get its number, and close what lost its object without being closed."""
-    for number, identity in list(_numbers.items()):
-        is_same = _identity(number) == identity
-        known = _open.get(number)
-        if known is None and is_same and identity not in _lock_files:
-            with contextlib.suppress(OSError):
-                os.close(number)
-        elif known is not None and not is_same:
-            _lost.append(known)
-        if known is None or not is_same:
-            _numbers.pop(number, None)
+def _close_unowned() -> None:
+    """Close what has lost its object without being closed; not a lock file that somebody else has open."""
+    for file, (owner, identity) in list(_open.items()):
+        try:
+            if owner() is None and identity == identity_of(file.fileno()) and identity not in _lock_files:
+                file.close()
+        except ValueError:  # its finalizer has just closed it
+            pass
+        if file.closed:
+            _open.pop(file, None)
 
 
-def _identity(number: int) -> tuple[int, int] | None:
-    """Device and inode of an open file."""
+def identity_of(number: int) -> tuple[int, int] | None:
+    """Device and inode of an open file, None if the descriptor is closed."""
     try:
         status = os.fstat(number)
     except OSError:

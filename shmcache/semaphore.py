@@ -36,10 +36,11 @@ _UNAVAILABLE = (posix_ipc.Error, OSError, ValueError)
 class Sleeper:
     """The semaphore of one shard. `name` is a POSIX name, `/...`, `path` the file that it has, where it has one."""
 
+    _semaphore: posix_ipc.Semaphore | None = None  # also of one whose making was interrupted
+
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
-        self._semaphore: posix_ipc.Semaphore | None = None
         self._waitable: int | None = None  # its address, 0 if it cannot be had
         self._tried = False
 

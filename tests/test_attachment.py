@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shmcache import Cache, CacheNotFound, LockTimeout, attachment, descriptors, is_compiled, segment
+from shmcache import Cache, CacheClosed, CacheNotFound, LockTimeout, attachment, descriptors, is_compiled, segment
 from shmcache.engine import layout
 from shmcache.engine.bytelock import is_byte_locked, under_setup_lock
 from tests.conftest import Clock, new_name
@@ -467,3 +467,128 @@ def test_an_object_that_only_attaches_has_no_cache_until_there_is_one_again(name
             assert anew.get("key") == 2
             assert cache.max_bytes == 2 * SMALL
             assert cache.attachment is anew.attachment
+
+
+# --- what other threads, finalizers and subclasses do at the wrong moment -------------------------------------------
+def test_what_gets_the_number_of_a_descriptor_that_closes_itself_is_not_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one thread looks whose the open files are, another one closes its own and opens something else."""
+    ours = descriptors.open_file(tmp_path / "ours", os.O_RDWR | os.O_CREAT)
+    number, truly = ours.fileno(), descriptors.identity_of
+    theirs: list[int] = []
+
+    def identity_of(asked: int) -> tuple[int, int] | None:
+        found = truly(asked)
+        if asked == number and not theirs:
+            theirs.append(-1)
+            ours.close_own()
+            theirs[0] = os.open(tmp_path / "theirs", os.O_RDWR | os.O_CREAT)
+        return found
+
+    monkeypatch.setattr(descriptors, "identity_of", identity_of)
+    monkeypatch.setattr(
+        descriptors, "_open", {file: (lambda: None, known) for file, (_, known) in descriptors._open.items()}
+    )
+    descriptors._close_unowned()
+    assert theirs == [number]
+    assert os.write(number, b"still open") == 10
+    os.close(number)
+
+
+def test_threads_that_open_and_close_caches_close_no_file_of_others(name: str, tmp_path: Path) -> None:
+    over = threading.Event()
+    wrong: list[object] = []
+
+    def use_caches(own: str) -> None:
+        for number in range(60):
+            with Cache(own, max_bytes=SMALL) as cache:
+                cache.set("key", number)
+                assert cache.get("key") == number
+
+    def use_files(path: Path) -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            try:
+                path.write_text(f"{path.name} {number}")
+                if path.read_text() != f"{path.name} {number}":
+                    wrong.append(path.read_bytes())
+            except OSError as error:
+                wrong.append(error)
+
+    own = [f"{name}-{number}" for number in range(3)]
+    users = [threading.Thread(target=use_caches, args=(each,)) for each in own]
+    others = [threading.Thread(target=use_files, args=(tmp_path / str(number),)) for number in range(2)]
+    try:
+        for thread in (*others, *users):
+            thread.start()
+        for thread in users:
+            thread.join()
+    finally:
+        over.set()
+        for thread in others:
+            thread.join()
+        for each in own:
+            segment.unlink(each)
+    assert wrong == []
+
+
+def test_a_cache_that_is_closed_while_it_moves_stays_closed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    cache = Cache(name, max_bytes=SMALL, clock=clock)
+    truly = attachment.attach
+
+    def attach(*arguments: Any) -> attachment.Attachment:
+        attached = truly(*arguments)
+        cache.close()
+        return attached
+
+    segment.unlink(name)
+    monkeypatch.setattr(attachment, "attach", attach)
+    clock.advance(1)
+    with pytest.raises(CacheClosed):
+        cache.set("key", 1)
+    monkeypatch.undo()
+    with pytest.raises(CacheClosed):
+        cache.get("key")
+    with Cache(name) as other:
+        assert other.stats().processes == 1
+        assert len(other.attachment.users) == 1
+
+
+class Named(Cache):
+    """Two that are one to whoever asks."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and self.name == other.name
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_objects_that_compare_equal_are_two_users(name: str) -> None:
+    first, second = Named(name, max_bytes=SMALL, ephemeral=True), Named(name)
+    first.set("key", 1)
+    first.close()
+    assert second.get("key") == 1
+    assert is_held(second)
+    second.close()
+    assert files(name) == []
+
+
+def test_an_attachment_whose_last_user_is_being_collected_is_not_joined(name: str) -> None:
+    """A collector forgets weak references before it runs finalizers, and another thread may come between."""
+    cache = Cache(name, max_bytes=SMALL)
+    abandoned = cache.attachment
+    abandoned.users.clear()
+    with Cache(name) as other:
+        assert other.attachment is not abandoned
+        assert is_held(other)
+        other.set("key", 1)
+    cache.close()
+
+
+def test_a_clock_that_is_none_is_refused_before_anything_is_made(name: str) -> None:
+    with pytest.raises(TypeError, match=r"clock is a function that returns ns, not int \(5\)"):
+        Cache(name, max_bytes=SMALL, clock=5)  # type: ignore[arg-type]
+    assert files(name) == []

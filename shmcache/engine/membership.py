@@ -64,10 +64,9 @@ class Member:
 
         Raises TooManyProcesses, or LockTimeout after `timeout` seconds.
         """
-        if self.owner:
-            if self.registry.has_line():
-                return
-            self.forget()
+        if self.owner and self.registry.has_line():
+            return
+        self.owner = 0
         self.registry.take_line(timeout)
         line: cython.ulonglong = self.registry.own_line
         self.counters = self.registry.line(line) + P_COUNTERS
@@ -129,7 +128,7 @@ class Registry:
 
     def _take_line(self) -> None:
         epoch = process_epoch()
-        if self._own_epoch == epoch:
+        if self.has_line():  # another thread has seen to it
             return
         line = self._lock_a_line()
         if process_epoch() != epoch:
