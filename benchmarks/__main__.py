@@ -14,8 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-import click
-from rich.console import Console
+try:
+    import click
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed, which the benchmarks need: pip install -e '.[bench]'")
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import instructions, measure, report

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from shmcache import attachment as attachments
 from shmcache import segment
@@ -21,10 +21,12 @@ from shmcache.log import warn
 from shmcache.segment import Wish
 
 if TYPE_CHECKING:
-    from shmcache.memoize import Memoized
+    from shmcache.memoize import Memoized, P
     from shmcache.stats import EntryInfo, Stats
 
 __all__ = ["Cache", "parse_size"]
+
+Result = TypeVar("Result")
 
 MOVE_PATIENCE = 0.6  # seconds; everybody who uses the cache notices within 0.25
 
@@ -290,7 +292,7 @@ class Cache(Store):
         return self.default_ttl_ns / 1e9 if self.default_ttl_ns else None
 
     # --- more operations --------------------------------------------------------------------------------------------
-    def get_or_set(self, key: object, factory: Callable[[], Any], ttl: object = DEFAULT) -> Any:
+    def get_or_set(self, key: object, factory: Callable[[], Result], ttl: object = DEFAULT) -> Result:
         """The value of `key`; if it is missing, `factory()` is stored first.
 
         If another process stores the key while `factory` runs, its value stays and is returned. `factory` is a plain
@@ -301,10 +303,10 @@ class Cache(Store):
                 f"factory is a function that returns the value, not {type(factory).__name__} ({factory!r}): write "
                 f"get_or_set(key, lambda: value)"
             )
-        value = self.get(key, DEFAULT)
-        if value is not DEFAULT:
-            return value
-        value = factory()
+        found: Any = self.get(key, DEFAULT)
+        if found is not DEFAULT:
+            return cast(Result, found)
+        value: Any = factory()
         import inspect  # seldom
 
         if inspect.isawaitable(value):
@@ -314,9 +316,7 @@ class Cache(Store):
                 f"get_or_set takes a plain function, and factory returned an awaitable ({type(value).__name__}): use "
                 f"memoize for an `async def`, or await the result first"
             )
-        if self.add(key, value, ttl):
-            return value
-        return self.get(key, value)
+        return cast(Result, value if self.add(key, value, ttl) else self.get(key, value))
 
     def batch(self) -> Batch:
         """Collects operations of any kind in a `with` block, and performs them at its end, taking each lock once."""
@@ -325,7 +325,7 @@ class Cache(Store):
 
     def memoize(
         self, ttl: object = DEFAULT, *, key: Callable[..., Any] | None = None, name: str | None = None
-    ) -> Callable[[Callable[..., Any]], Memoized]:
+    ) -> Callable[[Callable[P, Result]], Memoized[P, Result]]:
         """A decorator that caches what a function, or a coroutine function, returns for its arguments.
 
         `ttl` is as for `set`. `key` makes the cache key from the arguments, where they are not keys themselves. `name`

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 from shmcache.codec import encode_key
 from shmcache.engine.memo import Memo
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheInfo", "Memoized", "memoize"]
 
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+Result = TypeVar("Result")
+
 
 class CacheInfo(NamedTuple):
     """Calls of one decorated function in this process, and its entries in the cache of all processes."""
@@ -31,12 +35,19 @@ class CacheInfo(NamedTuple):
     entries: int
 
 
-class Memoized(Protocol):
+class Memoized(Protocol[P, R]):
     """A decorated function."""
 
-    __wrapped__: Callable[..., Any]
+    @property
+    def __wrapped__(self) -> Callable[P, R]: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None, /) -> Memoized[P, R]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: Any = None, /) -> Memoized[..., R]: ...
 
     def cache_info(self) -> CacheInfo:
         """Hits and misses of this process, entries of all."""
@@ -44,13 +55,13 @@ class Memoized(Protocol):
     def cache_clear(self) -> int:
         """Forget every result of this function, for all processes; how many there were."""
 
-    def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The key in the cache for these arguments."""
+    def cache_key(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Any, ...]:
+        """The key in the cache for these arguments, with the `self` of a method first."""
 
 
 def memoize(
-    cache: Cache, ttl: object, key: Callable[..., Any] | None, name: str | None, function: Callable[..., Any]
-) -> Memoized:
+    cache: Cache, ttl: object, key: Callable[..., Any] | None, name: str | None, function: Callable[P, Result]
+) -> Memoized[P, Result]:
     """Wrap `function` so that it is called once for each key, for as long as its result stays in `cache`.
 
     Arguments are bound to their parameters first, so `f(1)`, `f(a=1)` and a default of 1 are one key.
@@ -129,7 +140,7 @@ def memoize(
     decorated.cache_key = cache_key
     decorated.cache_info = cache_info
     decorated.cache_clear = cache_clear
-    memoized: Memoized = decorated
+    memoized: Memoized[P, Result] = decorated
     return memoized
 
 

@@ -1357,7 +1357,7 @@ def test_memoize_calls_once_for_each_set_of_arguments(cache: Cache, clock: Clock
     assert add(1, x=1, y=2) == add(1, y=2, x=1) == (1, 2, (), 1, {"x": 1, "y": 2})
     assert len(calls) == 3
     assert add(True) == (True, 2, (), 1, {})
-    assert add(1.0) == (1.0, 2, (), 1, {})
+    assert add(1.0) == (1.0, 2, (), 1, {})  # type: ignore[arg-type]
     assert len(calls) == 5
     assert add.cache_info() == (5, 5, 5)
     assert add.cache_info().hits == 5
@@ -1427,7 +1427,7 @@ def test_memoize_keys_lead_to_the_entries(cache: Cache) -> None:
     assert key != triple.cache_key(1)
     assert cache[key] == 2
     cache.set(key, "changed")
-    assert double(1) == "changed"
+    assert double(1) == "changed"  # type: ignore[comparison-overlap]
     assert cache.delete(key)
     assert double(1) == 2
     assert double.cache_info().entries == 2
@@ -1457,7 +1457,7 @@ def test_memoize_keeps_none_and_not_exceptions(cache: Cache) -> None:
             failing()
     assert calls == [1, 2, 2]
     with pytest.raises(TypeError):
-        nothing(1)
+        nothing(1)  # type: ignore[call-arg]
 
 
 def test_memoize_tells_what_cannot_be_a_key(cache: Cache) -> None:
@@ -1899,3 +1899,10 @@ def test_a_finalizer_within_an_operation_gets_no_memory_that_is_in_use(cache: Ca
         gc.set_threshold(700, 10, 10)
     assert found
     assert all(each == ["value" * 100] for each in found)
+
+
+def test_every_public_method_tells_its_signature(cache: Cache) -> None:
+    for name, method in inspect.getmembers(Cache, callable):
+        if not name.startswith("_"):
+            assert "self" in inspect.signature(method).parameters or inspect.ismethod(method), name
+    assert list(inspect.signature(cache.get).parameters) == ["key", "default"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["binding", "cast", "cclass", "cfunc", "compiled", "final", "inline"]
+__all__ = ["binding", "cast", "cclass", "cfunc", "compiled", "embedsignature", "final", "inline"]
 
 T = TypeVar("T")
 
@@ -22,8 +22,12 @@ def _unchanged(thing: T) -> T:
 cclass = cfunc = final = inline = _unchanged
 
 
-def binding(_value: bool) -> Callable[[T], T]:
+def binding(_value: object) -> Callable[[T], T]:
     return _unchanged
+
+
+class embedsignature:
+    format = staticmethod(binding)
 
 
 def cast(_type: Any, value: T) -> T:

@@ -10,8 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
-from rich.console import Console
+try:
+    import click
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed, which the torture suite needs: pip install -e '.[test]'")
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
