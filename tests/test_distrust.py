@@ -46,7 +46,7 @@ from shmcache.engine.primitives import (
     write_number,
 )
 from shmcache.engine.request import Request, _below_4_gib
-from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT, shard_of
+from shmcache.engine.store import ADRIFT, CLOSED, DEFAULT
 from tests.conftest import Clock
 from tests.processes import Child, Gate, until
 
@@ -233,6 +233,8 @@ def test_values_of_any_kind_and_size_are_found_whole_and_in_pieces(
     for number in range(1, 800, 2):
         cache.delete(number)
     cache.set("key", value)
+    from shmcache.engine.store import shard_of  # compiled, it is there for C only
+
     request = Request()
     request.set_key("key")
     shard_of(request, cache.attachment.shards)
