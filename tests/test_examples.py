@@ -60,6 +60,7 @@ def test_uwsgi_workers_enforce_one_limit(name: str) -> None:
         with Cache.attach(name) as cache:
             cache.clear()  # the question whether the server was up counted already
         answers = [server.ask("/") for _ in range(15)]
+        server.wait_until_all_workers_wait()
     assert [status for status, _ in answers] == [200] * 10 + [429] * 5
     for number, (_, body) in enumerate(answers[:10], 1):
         assert body.startswith(f"request {number} of 10, answered by worker ")
