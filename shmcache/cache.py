@@ -147,9 +147,9 @@ class Cache(Store):
         with segment.mutex_of(self.name):
             if self._closed:
                 raise self._closed_error()
-            if self.attachment not in (old, None):
+            if self._attachment not in (old, None):
                 return  # another thread has seen to it
-            if old is None or self.attachment is None:
+            if old is None or self._attachment is None:
                 self._open_as_before()
             else:
                 self._move(old)
@@ -158,7 +158,7 @@ class Cache(Store):
 
     def _leave_if_closed(self) -> None:
         # `close` notes that it was called before it looks what to detach from, so one of us sees the other.
-        attachment = self.attachment
+        attachment = self._attachment
         if self._closed and attachment is not None:
             self._abandon()
             attachments.release(attachment, self)
@@ -179,11 +179,11 @@ class Cache(Store):
             old.forget_memory()
             self._await_room()
         else:
-            if self.attachment is not old:
+            if self._attachment is not old:
                 attachments.release(old, self)
 
     def _let_go(self, old: Attachment) -> None:
-        if self.attachment is old:
+        if self._attachment is old:
             self._before = self._wish_for(old)
             self._abandon(adrift=True)
             attachments.release(old, self)
@@ -220,7 +220,7 @@ class Cache(Store):
             max_entries=geometry.max_entries,
             shards=geometry.shards,
             eviction=geometry.eviction,
-            default_ttl_ns=self.default_ttl_ns,
+            default_ttl_ns=self._default_ttl_ns,
             ephemeral=attachment.ephemeral,
         )
 
@@ -228,7 +228,7 @@ class Cache(Store):
         """Detach. The cache lives on for other processes; this object can no longer be used."""
         if not self._closed:
             self._closed = True
-            attachment = self.attachment
+            attachment = self._attachment
             self._abandon()
             if attachment is not None:
                 attachments.release(attachment, self)
@@ -262,7 +262,7 @@ class Cache(Store):
             "serializer": self._serializer,
             "lock_timeout": self._wish.timeout,
             "ephemeral": self._wish.ephemeral,
-            "clock": self.clock,
+            "clock": self._clock,
             "_create": self._wish.create,
         }
         return functools.partial(type(self), self.name, **options), ()
@@ -289,7 +289,7 @@ class Cache(Store):
     @property
     def default_ttl(self) -> float | None:
         """Seconds an entry lives if `set` is given no ttl; None for no expiry."""
-        return self.default_ttl_ns / 1e9 if self.default_ttl_ns else None
+        return self._default_ttl_ns / 1e9 if self._default_ttl_ns else None
 
     # --- more operations --------------------------------------------------------------------------------------------
     def get_or_set(self, key: object, factory: Callable[[], Result], ttl: object = DEFAULT) -> Result:
@@ -387,7 +387,7 @@ class Cache(Store):
     # --- what it tells about itself ---------------------------------------------------------------------------------
     def stats(self) -> Stats:
         """Totals of all processes, sizes, and who is attached."""
-        return self.steadily(self._collect)
+        return self._steadily(self._collect)
 
     def _collect(self) -> Stats:
         from shmcache.stats import collect  # seldom
@@ -396,7 +396,7 @@ class Cache(Store):
         try:
             return collect(attachment)
         except (OSError, ValueError, IndexError):  # its files are closed, or its views dropped
-            if self.attachment is attachment:
+            if self._attachment is attachment:
                 raise
             raise CacheClosed("another thread has let go of this attachment meanwhile") from None
 
@@ -412,11 +412,11 @@ class Cache(Store):
 
     def check(self) -> list[str]:
         """Compare everything in the segment with everything else, shard by shard; the contradictions, [] for none."""
-        return self.steadily(self._inspect_all, False)
+        return self._steadily(self._inspect_all, False)
 
     def repair(self) -> list[str]:
         """Make all that follows from the entries anew, dropping those that cannot be proved; what was dropped."""
-        return self.steadily(self._inspect_all, True)
+        return self._steadily(self._inspect_all, True)
 
 
 def _count(number: int | None, name: str, most: int) -> int | None:

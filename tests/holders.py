@@ -13,22 +13,22 @@ from tests.processes import DEADLINE, Child
 
 
 def lock_word(cache: Cache) -> int:
-    return int(cache.attachment.geometry.region(0).header) + layout.S_LOCK
+    return int(cache._attachment.geometry.region(0).header) + layout.S_LOCK
 
 
 def owner(cache: Cache) -> int:
     """Whose the lock of the first shard is; 0 for nobody's."""
-    return int(cache.attachment.words[lock_word(cache)])
+    return int(cache._attachment.words[lock_word(cache)])
 
 
 def waiters(cache: Cache) -> int:
-    return int(cache.attachment.words[lock_word(cache) - layout.S_LOCK + layout.S_WAITERS])
+    return int(cache._attachment.words[lock_word(cache) - layout.S_LOCK + layout.S_WAITERS])
 
 
 def take(cache: Cache) -> None:
     """Take the lock of the first shard, as `acquire` does when nobody else wants it."""
     cache.get("anything")  # a forked child becomes a member at its first operation
-    cache.attachment.words[lock_word(cache)] = cache.attachment.member.owner
+    cache._attachment.words[lock_word(cache)] = cache._attachment.member.owner
 
 
 def hold(cache: Cache, then: Callable[[Cache], object] = lambda cache: None) -> None:
@@ -36,7 +36,7 @@ def hold(cache: Cache, then: Callable[[Cache], object] = lambda cache: None) -> 
     take(cache)
     then(cache)
     os.kill(os.getpid(), signal.SIGSTOP)
-    cache.attachment.words[lock_word(cache)] = 0
+    cache._attachment.words[lock_word(cache)] = 0
     cache.set("from the holder", "after all")
 
 
@@ -49,7 +49,7 @@ def take_and_pause(cache: Cache) -> None:
 
 def write_large_values(cache: Cache) -> None:
     """Be in a critical section for much of the time, in truth."""
-    value = b"x" * (cache.attachment.geometry.max_entry_bytes // 3)
+    value = b"x" * (cache._attachment.geometry.max_entry_bytes // 3)
     while not cache.get("stop"):
         cache.set("large", value)
         cache.incr("writes", initial=0)

@@ -26,7 +26,7 @@ SMALL = 256 * 1024
 
 def is_held(cache: Cache) -> bool:
     """Whether others see that this process lives: by the lock file that the cache has open, whatever its name."""
-    fd, line = cache.attachment.lock_fd, cache.attachment.registry.own_line
+    fd, line = cache._attachment.lock_fd, cache._attachment.registry.own_line
 
     def look() -> None:
         assert is_byte_locked(fd, line)
@@ -51,7 +51,7 @@ def test_an_object_that_moves_drops_no_lock_of_one_that_has_not(name: str) -> No
         (segment.DIRECTORY / segment.file_name(name)).unlink()
         clocks[0].advance(1)
         first.set("key", 1)
-        assert first.attachment is not second.attachment
+        assert first._attachment is not second._attachment
         assert is_held(first)
         assert is_held(second)
         segment.unlink(name)
@@ -60,7 +60,7 @@ def test_an_object_that_moves_drops_no_lock_of_one_that_has_not(name: str) -> No
         assert second.get("key") is None
         clocks[0].advance(1)
         assert first.get("key") is None
-        assert first.attachment is second.attachment
+        assert first._attachment is second._attachment
         assert is_held(first)
         assert first.check() == []
 
@@ -83,20 +83,20 @@ def test_a_lock_file_has_one_descriptor_also_if_it_gets_its_name_meanwhile(
     with Cache(name, max_bytes=SMALL) as cache:
         monkeypatch.setattr(descriptors, "_known", lambda path: None)
         lock_file = segment.open_lock_file(name, create=False)
-        assert lock_file is cache.attachment.lock_file
+        assert lock_file is cache._attachment.lock_file
         del lock_file
         assert is_held(cache)
 
 
 def test_a_lock_that_other_code_has_dropped_is_taken_again(make_cache: Callable[..., Cache], clock: Clock) -> None:
     cache = make_cache(max_bytes=SMALL, shards=1, clock=clock)
-    before = cache.attachment.member.owner
+    before = cache._attachment.member.owner
     lose_locks(cache.name)
     assert not is_held(cache)
     clock.advance(1)
     cache.set("key", 1)
     assert is_held(cache)
-    assert cache.attachment.member.owner == before
+    assert cache._attachment.member.owner == before
     lose_locks(cache.name)
     Cache(cache.name).close()  # no need for a clock
     assert is_held(cache)
@@ -108,15 +108,15 @@ def test_a_place_that_another_process_took_meanwhile_is_given_up(
 ) -> None:
     """Otherwise two processes would be one to all others."""
     cache = make_cache(max_bytes=SMALL, shards=1, clock=clock)
-    before, registry = cache.attachment.member.owner, cache.attachment.registry
+    before, registry = cache._attachment.member.owner, cache._attachment.registry
     for line in range(1, registry.processes):  # as if a process had died in each
-        cache.attachment.words[registry.line(line) + layout.P_PID] = 1
+        cache._attachment.words[registry.line(line) + layout.P_PID] = 1
     lose_locks(cache.name)
     gate, taken = Gate(), Gate()
 
     def take() -> None:
         with Cache(cache.name) as own:
-            assert own.attachment.member.owner == before + 1
+            assert own._attachment.member.owner == before + 1
             taken.open()
             gate.wait()
             os._exit(0)
@@ -129,11 +129,11 @@ def test_a_place_that_another_process_took_meanwhile_is_given_up(
             assert child.wait() == 0
         clock.advance(1)
         cache.set("key", 1)
-        assert cache.attachment.member.owner not in (0, before)
+        assert cache._attachment.member.owner not in (0, before)
         assert is_held(cache)
         assert cache.stats().processes == (1 if is_gone else 2)
         if not is_gone:
-            assert cache.attachment.member.owner >> 48 != before >> 48
+            assert cache._attachment.member.owner >> 48 != before >> 48
             gate.open()
             assert child.wait() == 0
     assert cache.get("key") == 1
@@ -141,7 +141,7 @@ def test_a_place_that_another_process_took_meanwhile_is_given_up(
 
 def test_a_line_is_kept_by_who_took_it_only(make_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that was forked behind our back takes another. Once the lock file is closed there is nothing to keep."""
-    registry = make_cache(max_bytes=SMALL).attachment.registry
+    registry = make_cache(max_bytes=SMALL)._attachment.registry
     assert registry.has_line()
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_own_epoch", 0)
@@ -392,7 +392,7 @@ def test_a_cache_that_is_being_attached_to_holds_up_no_other(name: str, make_cac
 
     def stop() -> None:
         with Cache(name, max_bytes=SMALL) as cache:
-            under_setup_lock(cache.attachment.lock_fd, 5, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            under_setup_lock(cache._attachment.lock_fd, 5, lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
     def attach() -> None:
         Cache(name, lock_timeout=DEADLINE).close()
@@ -420,12 +420,12 @@ def test_a_cache_that_is_being_attached_to_holds_up_no_other(name: str, make_cac
 def test_closing_does_not_wait_for_a_thread_that_waits_for_a_lock(name: str) -> None:
     """Uncompiled, a thread may keep the others of its process out while it waits for a process that is stopped."""
     cache = Cache(name, max_bytes=SMALL, shards=1)
-    shard, words, word = cache.attachment.shards[0], cache.attachment.words, lock_word(cache)
+    shard, words, word = cache._attachment.shards[0], cache._attachment.words, lock_word(cache)
     entered, left, go_on = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         with shard.mutex().lock:
-            words[word] = cache.attachment.member.owner
+            words[word] = cache._attachment.member.owner
             entered.set()
             assert left.wait(DEADLINE)
             words[word] = 0  # and takes it once more, in vain
@@ -434,7 +434,7 @@ def test_closing_does_not_wait_for_a_thread_that_waits_for_a_lock(name: str) -> 
     worker, closer = threading.Thread(target=work), threading.Thread(target=cache.close)
     worker.start()
     assert entered.wait(DEADLINE)
-    guard = cache.attachment.guard
+    guard = cache._attachment.guard
     closer.start()
     until(lambda: guard.fd == -1)
     assert closer.is_alive()
@@ -466,7 +466,7 @@ def test_an_object_that_only_attaches_has_no_cache_until_there_is_one_again(name
             cache.set("key", 2)
             assert anew.get("key") == 2
             assert cache.max_bytes == 2 * SMALL
-            assert cache.attachment is anew.attachment
+            assert cache._attachment is anew._attachment
 
 
 # --- what other threads, finalizers and subclasses do at the wrong moment -------------------------------------------
@@ -554,7 +554,7 @@ def test_a_cache_that_is_closed_while_it_moves_stays_closed(name: str, monkeypat
         cache.get("key")
     with Cache(name) as other:
         assert other.stats().processes == 1
-        assert len(other.attachment.users) == 1
+        assert len(other._attachment.users) == 1
 
 
 class Named(Cache):
@@ -579,10 +579,10 @@ def test_objects_that_compare_equal_are_two_users(name: str) -> None:
 def test_an_attachment_whose_last_user_is_being_collected_is_not_joined(name: str) -> None:
     """A collector forgets weak references before it runs finalizers, and another thread may come between."""
     cache = Cache(name, max_bytes=SMALL)
-    abandoned = cache.attachment
+    abandoned = cache._attachment
     abandoned.users.clear()
     with Cache(name) as other:
-        assert other.attachment is not abandoned
+        assert other._attachment is not abandoned
         assert is_held(other)
         other.set("key", 1)
     cache.close()

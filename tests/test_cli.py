@@ -272,8 +272,8 @@ def test_check_exits_with_1_if_there_are_problems(cache: Cache) -> None:
     cache["key"] = "value"
     assert output("check", cache.name) == f"{cache.name}: no contradictions\n"
     assert from_json("check", cache.name) == {"name": cache.name, "problems": []}
-    word = cache.attachment.geometry.region(0).header + layout.S_ENTRIES
-    cache.attachment.words[word] += 1
+    word = cache._attachment.geometry.region(0).header + layout.S_ENTRIES
+    cache._attachment.words[word] += 1
     done = run("check", cache.name)
     assert done.returncode == 1
     assert done.stdout.startswith(b"shard 0: ")
@@ -281,7 +281,7 @@ def test_check_exits_with_1_if_there_are_problems(cache: Cache) -> None:
     done = run("check", cache.name, "--json")
     assert done.returncode == 1
     assert len(json.loads(done.stdout)["problems"]) >= 1
-    cache.attachment.words[word] -= 1
+    cache._attachment.words[word] -= 1
 
 
 # --- reading and writing --------------------------------------------------------------------------------------------
@@ -407,11 +407,11 @@ def test_clear_and_unlink(cache: Cache) -> None:
 
 
 def test_no_command_changes_the_geometry(cache: Cache) -> None:
-    before = cache.attachment.geometry
+    before = cache._attachment.geometry
     for command, arguments in ON_A_CACHE.items():
         if command != "unlink":
             run(command, cache.name, *arguments)
-    assert Cache.attach(cache.name).attachment.geometry == before
+    assert Cache.attach(cache.name)._attachment.geometry == before
     assert cache.default_ttl == 300
 
 

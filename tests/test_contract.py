@@ -148,7 +148,7 @@ def cache(request: pytest.FixtureRequest, make_cache: MakeCache, clock: Clock) -
 
 def room(cache: Cache) -> int:
     """The most bytes that a key and its encoded value may have together."""
-    return int(cache.attachment.geometry.max_entry_bytes)
+    return int(cache._attachment.geometry.max_entry_bytes)
 
 
 def largest(cache: Cache, key_bytes: int) -> int:
@@ -1878,7 +1878,7 @@ def test_threads_that_close_and_open_beside_others(cache: Cache) -> None:
 @pytest.mark.skipif(not is_compiled(), reason="uncompiled, every operation has a request of its own")
 def test_a_finalizer_within_an_operation_gets_no_memory_that_is_in_use(cache: Cache) -> None:
     """Where a large value is let go of, memory is made, and Python before 3.12 may collect there."""
-    room: int = cache.attachment.geometry.max_entry_bytes
+    room: int = cache._attachment.geometry.max_entry_bytes
     cache.set("large", ["x" * min(3 * 2**20, room // 2)])
     cache.set("key", ["value" * 100])
     found: list[Any] = []
@@ -1906,3 +1906,13 @@ def test_every_public_method_tells_its_signature(cache: Cache) -> None:
         if not name.startswith("_"):
             assert "self" in inspect.signature(method).parameters or inspect.ismethod(method), name
     assert list(inspect.signature(cache.get).parameters) == ["key", "default"]
+
+
+def test_a_cache_has_no_public_name_but_those_of_the_contract(cache: Cache) -> None:
+    """So that a subclass may use any other name for its own."""
+    assert {name for name in dir(cache) if not name.startswith("_")} == {
+        *("add", "attach", "batch", "cas", "check", "clear", "close", "decr", "default_ttl", "delete", "delete_many"),
+        *("from_env", "get", "get_many", "get_or_set", "gets", "incr", "info", "items", "keys", "max_bytes"),
+        *("max_entries", "memoize", "name", "pop", "purge", "repair", "replace", "set", "set_many", "stats", "touch"),
+        *("ttl", "unlink", "values"),
+    }

@@ -62,11 +62,11 @@ class Bench:
     def __init__(self, cache: Cache, clock: Clock) -> None:
         self.cache = cache
         self.clock = clock
-        self.words = cache.attachment.words
-        self.region = cache.attachment.geometry.region(0)
-        self.shard: Any = cache.attachment.shards[0]
+        self.words = cache._attachment.words
+        self.region = cache._attachment.geometry.region(0)
+        self.shard: Any = cache._attachment.shards[0]
         self.blocks: Any = self.shard.blocks
-        self.count = cache.attachment.geometry.blocks
+        self.count = cache._attachment.geometry.blocks
         cache.set("a", "value of a")
         cache.set("b", "value of b", 60)
 
@@ -194,7 +194,7 @@ def test_no_memory_is_read_or_written_but_what_there_is(bench: Bench) -> None:
 def test_another_key_of_the_same_tag_or_hash_is_passed_over(bench: Bench, whole: bool) -> None:
     """Without the lock and with it: the bytes decide."""
     key = "c"
-    hash = key_hash(key.encode(), 1, layout.KEY_TEXT, *bench.cache.attachment.secret)
+    hash = key_hash(key.encode(), 1, layout.KEY_TEXT, *bench.cache._attachment.secret)
     bucket = bench.shard.table.bucket_of(hash)
     store(bench.words, bucket, hash >> 32 << 32 | 1)
     bench.slot(0, layout.E_CHAIN, 0)
@@ -222,7 +222,7 @@ def test_values_of_any_kind_and_size_are_found_whole_and_in_pieces(
     make_cache: Callable[..., Cache], value: Any
 ) -> None:
     cache = make_cache(max_bytes="200KB", max_entries=801, shards=1)
-    shard = cache.attachment.shards[0]
+    shard = cache._attachment.shards[0]
     cache.set("key", value)
     assert cache.get("key") == value
     cache.delete("key")
@@ -237,7 +237,7 @@ def test_values_of_any_kind_and_size_are_found_whole_and_in_pieces(
 
     request = Request()
     request.set_key("key")
-    shard_of(request, cache.attachment.shards)
+    shard_of(request, cache._attachment.shards)
     place = load(shard.words, shard.at(shard.find_locked(request) - 1) + layout.E_PLACE)
     assert shard.blocks.place_of((place & 0xFFFF_FFFF) - 1, 300) == 0, "it was meant to be in pieces"
     assert cache.get("key") == cache.get_many(["key"])["key"] == cache["key"] == value
@@ -458,8 +458,8 @@ def test_a_recovery_that_fails_gives_the_lock_back(bench: Bench, monkeypatch: py
 # --- a cache that is closed half way --------------------------------------------------------------------------------
 def test_what_finds_no_shards_says_that_the_cache_is_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread has closed it since the operation began."""
-    attachment = bench.cache.attachment
-    monkeypatch.setattr(bench.cache, "now", bench.clock)
+    attachment = bench.cache._attachment
+    monkeypatch.setattr(bench.cache, "_now", bench.clock)
     bench.cache._abandon()
     for operation in (
         lambda: bench.cache.get("a"),
@@ -481,12 +481,12 @@ def test_what_finds_no_shards_says_that_the_cache_is_closed(bench: Bench, monkey
 def test_what_finds_no_shards_while_another_thread_moves_us_waits_for_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Cache], object]
 ) -> None:
-    attachment, epoch = bench.cache.attachment, bench.cache.epoch
+    attachment, epoch = bench.cache._attachment, bench.cache._epoch
     bench.cache._abandon()
-    bench.cache.epoch = epoch  # from here on, the operation had looked already
+    bench.cache._epoch = epoch  # from here on, the operation had looked already
     monkeypatch.setattr(bench.cache, "_reattach", lambda old: bench.cache._adopt(attachment, 0, epoch))
     assert operation(bench.cache) is None
-    assert bench.cache.attachment is attachment
+    assert bench.cache._attachment is attachment
 
 
 def test_a_request_that_was_performed_is_not_when_its_group_begins_again(
@@ -512,7 +512,7 @@ def test_a_request_that_was_performed_is_not_when_its_group_begins_again(
 
 def test_a_cache_that_another_thread_closes_stays_closed(bench: Bench) -> None:
     """Even for a forked child's thread that was just taking a line of the process table, and believes to be through."""
-    attachment = bench.cache.attachment
+    attachment = bench.cache._attachment
     bench.cache._closed = True
     with pytest.raises(CacheClosed):
         bench.cache._reattach(attachment)
@@ -523,8 +523,8 @@ def test_a_cache_that_another_thread_closes_stays_closed(bench: Bench) -> None:
 def test_a_forked_child_that_another_thread_moves_while_it_joins(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, moved: bool
 ) -> None:
-    attachment = bench.cache.attachment
-    epoch = bench.cache.epoch
+    attachment = bench.cache._attachment
+    epoch = bench.cache._epoch
 
     def join(timeout: float) -> None:
         if moved:
@@ -532,7 +532,7 @@ def test_a_forked_child_that_another_thread_moves_while_it_joins(
             bench.cache._adopt(copy_object(attachment), 0, epoch)
         raise CacheClosed("meanwhile")
 
-    bench.cache.epoch = epoch + 1
+    bench.cache._epoch = epoch + 1
     with monkeypatch.context() as patch:
         patch.setattr(attachment.member, "join", join)
         if moved:
@@ -546,7 +546,7 @@ def test_a_forked_child_that_another_thread_moves_while_it_joins(
 def test_figures_of_an_attachment_that_was_let_go_are_gathered_anew(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attachment = bench.cache.attachment
+    attachment = bench.cache._attachment
     truly_collect = stats.collect
     calls = 0
 
@@ -554,8 +554,8 @@ def test_figures_of_an_attachment_that_was_let_go_are_gathered_anew(
         nonlocal calls
         calls += 1
         if calls == 1:
-            bench.cache.attachment = None
-            bench.cache.epoch = ADRIFT
+            bench.cache._attachment = None
+            bench.cache._epoch = ADRIFT
             raise IndexError
         return truly_collect(of)
 
@@ -572,29 +572,29 @@ def test_figures_of_an_attachment_that_was_let_go_are_gathered_anew(
 
 
 def test_a_cache_closed_while_it_looks_at_its_files_is_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    epoch = bench.cache.epoch
+    epoch = bench.cache._epoch
 
     def close() -> bool:
-        bench.cache.epoch = CLOSED
+        bench.cache._epoch = CLOSED
         return True
 
-    monkeypatch.setattr(bench.cache.attachment, "is_current", close)
+    monkeypatch.setattr(bench.cache._attachment, "is_current", close)
     bench.clock.advance(1)
     with pytest.raises(CacheClosed):
         bench.cache.get("a")
-    bench.cache.epoch = epoch
-    bench.cache.next_check = bench.clock() + layout.CHECK_NS
+    bench.cache._epoch = epoch
+    bench.cache._next_check = bench.clock() + layout.CHECK_NS
     assert bench.cache.get("a") == "value of a"
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_reader_whose_cache_goes_while_it_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
     """Closed, it says so; unlinked, there is nothing."""
-    epoch = bench.cache.epoch
+    epoch = bench.cache._epoch
 
     def run_one(*args: object) -> int:
         if closed:
-            bench.cache.epoch = CLOSED
+            bench.cache._epoch = CLOSED
         raise CacheClosed("meanwhile")
 
     bench.slot(0, layout.E_VERSION, bench.read_slot(0, layout.E_VERSION) | 1)
@@ -605,7 +605,7 @@ def test_a_reader_whose_cache_goes_while_it_waits(bench: Bench, monkeypatch: pyt
                 bench.cache.get("a")
         else:
             assert bench.cache.get("a") is None
-    bench.cache.epoch = epoch
+    bench.cache._epoch = epoch
 
 
 @pytest.mark.parametrize("moving", [True, False])
@@ -635,14 +635,14 @@ def test_room_is_not_made_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch
     """Where nothing can be evicted a hundred times in a row, the segment is wrong."""
     request = Request()
     request.status = layout.UNDONE
-    assert bench.cache.make_way(request, bench.cache.shards, 0) == 0
+    assert bench.cache._make_way(request, bench.cache._shards, 0) == 0
     request.status = layout.FULL
     with monkeypatch.context() as patch:
         patch.setattr(bench.shard, "run_one", lambda *args: layout.ABSENT)
         for _ in range(100):
-            assert bench.cache.make_way(request, bench.cache.shards, 0) == 0
+            assert bench.cache._make_way(request, bench.cache._shards, 0) == 0
         with pytest.raises(CorruptSegment):
-            bench.cache.make_way(request, bench.cache.shards, 0)
+            bench.cache._make_way(request, bench.cache._shards, 0)
 
 
 def test_arguments_that_are_none_of_theirs(bench: Bench) -> None:
@@ -770,9 +770,9 @@ def test_an_error_of_work_under_the_setup_lock_is_its_own(tmp_path: Any) -> None
 
 
 def test_a_line_that_is_taken_is_the_parents(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = bench.cache.attachment.member.registry
+    registry = bench.cache._attachment.member.registry
     epoch, line = registry._own_epoch, registry.own_line
-    before = bytes(bench.cache.attachment.data[: bench.region.header * 8])
+    before = bytes(bench.cache._attachment.data[: bench.region.header * 8])
 
     def lock_a_line() -> int:
         another_process(monkeypatch, membership)
@@ -784,7 +784,7 @@ def test_a_line_that_is_taken_is_the_parents(bench: Bench, monkeypatch: pytest.M
         with pytest.raises(LockTimeout, match=FORKED):
             registry._take_line()
     monkeypatch.undo()
-    assert bytes(bench.cache.attachment.data[: bench.region.header * 8]) == before
+    assert bytes(bench.cache._attachment.data[: bench.region.header * 8]) == before
     assert (registry._own_epoch, registry.own_line) == (0, line)
     registry._own_epoch = epoch
 

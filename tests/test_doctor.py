@@ -21,9 +21,10 @@ from types import SimpleNamespace
 import posix_ipc
 import pytest
 
-from shmcache import Cache, CacheNotFound, doctor, is_compiled, segment
+from shmcache import Cache, CacheNotFound, is_compiled, segment
+from shmcache.cli import doctor
+from shmcache.cli.doctor import Finding, examine
 from shmcache.cli.text import show_size
-from shmcache.doctor import Finding, examine
 from shmcache.engine import layout
 from shmcache.engine.bytelock import REAPER_BYTE, SETUP_BYTE, holders
 from tests.holders import hold
@@ -325,7 +326,7 @@ def test_the_process_table_is_nearly_full(small: Cache) -> None:
 
 # --- contents -------------------------------------------------------------------------------------------------------
 def test_what_check_finds_is_repaired(small: Cache) -> None:
-    words, header = small.attachment.words, small.attachment.geometry.region(0).header
+    words, header = small._attachment.words, small._attachment.geometry.region(0).header
     words[header + layout.S_ENTRIES] += 1
     finding = only(problems(small.name))
     assert "contradict themselves: shard 0: " in finding.found
@@ -337,7 +338,7 @@ def test_what_check_finds_is_repaired(small: Cache) -> None:
 
 
 def test_repair_says_what_it_dropped(small: Cache) -> None:
-    words, region = small.attachment.words, small.attachment.geometry.region(0)
+    words, region = small._attachment.words, small._attachment.geometry.region(0)
 
     def break_an_entry() -> None:
         slots = range(region.slots, region.blocks, layout.SLOT_WORDS)

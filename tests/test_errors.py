@@ -212,7 +212,7 @@ def test_values_that_cannot_be_serialized(cache: Cache, value: Any, says: str) -
 
 
 def test_values_larger_than_the_cache(cache: Cache) -> None:
-    most = cache.attachment.geometry.max_entry_bytes
+    most = cache._attachment.geometry.max_entry_bytes
     before = cache.info("old")
     operations: list[Callable[[bytes], Any]] = [
         lambda value: cache.set("old", value),
@@ -678,7 +678,7 @@ def test_more_than_there_is_in_shared_memory(name: str) -> None:
 def test_more_processes_than_places(make_cache: MakeCache) -> None:
     cache = make_cache(max_bytes="1MB", max_entries=100)
     cache.set("old", "value")
-    places = cache.attachment.geometry.processes
+    places = cache._attachment.geometry.processes
     assert places == 64
     release, hold = os.pipe()
     answers, answer = os.pipe()
@@ -729,20 +729,20 @@ def test_more_processes_than_places(make_cache: MakeCache) -> None:
 
 
 def test_a_default_cache_has_places_for_a_thousand_processes(make_cache: MakeCache) -> None:
-    assert make_cache().attachment.geometry.processes >= 1024
+    assert make_cache()._attachment.geometry.processes >= 1024
 
 
 # --- a stopped process ----------------------------------------------------------------------------------------------
 def test_a_lock_held_by_a_stopped_process_is_a_timeout_for_writers_only(make_cache: MakeCache) -> None:
     cache = make_cache(max_bytes="1MB", max_entries=100, lock_timeout=0.1)
     cache.set("old", "value")
-    words = cache.attachment.words
-    at = cache.attachment.geometry.region(0).header + layout.S_LOCK
+    words = cache._attachment.words
+    at = cache._attachment.geometry.region(0).header + layout.S_LOCK
     pid = os.fork()
     if not pid:
         try:
             cache.get("old")
-            words[at] = cache.attachment.member.owner
+            words[at] = cache._attachment.member.owner
             os.kill(os.getpid(), signal.SIGSTOP)
         finally:
             os._exit(0)

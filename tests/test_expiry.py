@@ -61,11 +61,11 @@ def test_a_writer_whose_clock_was_read_a_moment_ago_changes_nothing(make_cache: 
     late = make_cache(cache.name, clock=lambda: clock.now - 1_000_000)
     clock.now = (clock.now >> layout.WHEEL_SHIFT << layout.WHEEL_SHIFT) + 500_000
     cache.set("a", 1, ttl=1000)
-    hand = cache.attachment.geometry.region(0).header + layout.S_HAND
-    before = load(cache.attachment.words, hand)
+    hand = cache._attachment.geometry.region(0).header + layout.S_HAND
+    before = load(cache._attachment.words, hand)
     late.set("b", 1, ttl=1000)
     late.set("c", 1, ttl=0.0001)
-    assert load(cache.attachment.words, hand) == before == clock.now >> layout.WHEEL_SHIFT
+    assert load(cache._attachment.words, hand) == before == clock.now >> layout.WHEEL_SHIFT
     clock.advance(2)
     assert cache.purge() == 1
     assert set(cache) == {"a", "b"}
@@ -85,8 +85,8 @@ def test_purge_removes_all_that_has_expired_and_nothing_else(make_cache: MakeCac
 
 def expiries(cache: Cache) -> list[int]:
     """When the entries expire, ns, those included that have and are still there."""
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
-    slots = range(region.slots, region.slots + cache.attachment.geometry.slots * layout.SLOT_WORDS, layout.SLOT_WORDS)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
+    slots = range(region.slots, region.slots + cache._attachment.geometry.slots * layout.SLOT_WORDS, layout.SLOT_WORDS)
     return [
         load(words, slot + layout.E_EXPIRY) for slot in slots if load(words, slot + layout.E_PLACE) & 0xFFFF_FFFF != 0
     ]

@@ -40,7 +40,7 @@ for fd in (0, 1, 2):
 cache = Cache(sys.argv[1], max_bytes="1MB", ephemeral=True)
 cache.set("key", "value")
 taken = [fd for fd in (0, 1, 2) if os.path.exists(f"/proc/self/fd/{fd}")]
-os.write(out, f"{taken} {min(cache.attachment.segment_fd, cache.attachment.lock_fd) > 2} {cache.get('key')}".encode())
+os.write(out, f"{taken} {min(cache._attachment.segment_fd, cache._attachment.lock_fd) > 2} {cache.get('key')}".encode())
 os.close(out)
 """
     assert run(program, name) == "[] True value"
@@ -63,7 +63,7 @@ mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(5)]
 values = {cache.get("key") for _ in range(5)}
 for fd in mine:
     assert os.fstat(fd).st_rdev == os.stat("/dev/null").st_rdev
-print(values, cache.stats().processes, cache.attachment.is_current())
+print(values, cache.stats().processes, cache._attachment.is_current())
 """
     assert run(program, name) == "{'value'} 1 True\n"
 
@@ -76,7 +76,7 @@ def test_a_count_that_lies_ends_in_an_error_at_worst(make_cache: Callable[..., C
     for number in range(100):
         cache.set(number, "x" * 3000)
     for number in range(2):
-        store(cache.attachment.words, cache.attachment.geometry.region(number).header + getattr(layout, field), lie)
+        store(cache._attachment.words, cache._attachment.geometry.region(number).header + getattr(layout, field), lie)
     for number in range(200, 260):
         try:
             cache.set(number, "y" * 20_000)
@@ -98,8 +98,8 @@ def test_an_increment_that_has_to_wait_for_room_adds_once(make_cache: Callable[.
     for key in by_shard[0]:
         cache.set(key, 0)
     for number in (0, 1):
-        region = cache.attachment.geometry.region(number)
-        assert load(cache.attachment.words, region.header + layout.S_ENTRIES) == (64, 0)[number]
+        region = cache._attachment.geometry.region(number)
+        assert load(cache._attachment.words, region.header + layout.S_ENTRIES) == (64, 0)[number]
     assert cache.incr(by_shard[1][0], 1, initial=100) == 101
     assert cache.get(by_shard[1][0]) == 101
     with cache.batch() as batch:
@@ -150,18 +150,18 @@ def write():
         print("gave up")
 waiter = threading.Thread(target=write)
 waiter.start()
-while not cache.stats().lock_waits and not cache.attachment.words[cache.attachment.geometry.region(0).header + 1]:
+while not cache.stats().lock_waits and not cache._attachment.words[cache._attachment.geometry.region(0).header + 1]:
     pass
 cache.close()
 files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
 waiter.join()
 """
-    words = owner.attachment.words
-    lock = owner.attachment.geometry.region(0).header + layout.S_LOCK
-    store(words, lock, owner.attachment.member.owner)
+    words = owner._attachment.words
+    lock = owner._attachment.geometry.region(0).header + layout.S_LOCK
+    store(words, lock, owner._attachment.member.owner)
     try:
         assert run(program, owner.name) == "gave up\n"
-        assert load(words, lock) == owner.attachment.member.owner
+        assert load(words, lock) == owner._attachment.member.owner
     finally:
         store(words, lock, 0)
     assert "key" not in owner
@@ -195,11 +195,11 @@ os.wait()
 
 def leave_half_done(cache: Cache, key: str) -> None:
     """What a process leaves that dies in the midst of overwriting this key's entry, before its first logged store."""
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     version = cache.info(key).version
     [slot] = [
         number
-        for number in range(cache.attachment.geometry.slots)
+        for number in range(cache._attachment.geometry.slots)
         if load(words, region.slots + number * layout.SLOT_WORDS) == version
     ]
     stamp = load(words, region.header + layout.S_STAMP) + 2
@@ -265,16 +265,16 @@ def test_a_group_that_is_stopped_half_way_says_what_was_done(make_cache: Callabl
         cache.set(f"key{number}", 0)
         by_shard[cache.info(f"key{number}").shard].append(f"key{number}")
     before = cache.stats()
-    lock = cache.attachment.geometry.region(1).header + layout.S_LOCK
+    lock = cache._attachment.geometry.region(1).header + layout.S_LOCK
     end = Gate()
 
     def hold() -> None:
         cache._attached()  # a forked child takes a place of its own
-        store(cache.attachment.words, lock, cache.attachment.member.owner)
+        store(cache._attachment.words, lock, cache._attachment.member.owner)
         end.wait()
 
     holder = Child(hold)
-    until(lambda: load(cache.attachment.words, lock))
+    until(lambda: load(cache._attachment.words, lock))
     with pytest.raises(LockTimeout), cache.batch() as batch:
         pending = {key: batch.incr(key) for keys in by_shard.values() for key in keys}
     for key in by_shard[0]:
@@ -323,7 +323,7 @@ def test_closing_waits_for_a_thread_that_is_writing(name: str, monkeypatch: pyte
     assert writing.wait(30)
     closer.start()
     other.write()
-    until(lambda: cache.attachment is None or cache.attachment.guard.fd == -1)
+    until(lambda: cache._attachment is None or cache._attachment.guard.fd == -1)
     assert not other.has_written()
     go_on.set()
     writer.join()
@@ -364,11 +364,11 @@ def test_undoing_an_insertion_hides_no_neighbour(
 ) -> None:
     """A reader stands in the slot that a rollback gives back to the free ones: it looks again, and finds its key."""
     cache = make_cache(max_bytes="1MB", max_entries=8, shards=1)
-    words, region, part = cache.attachment.words, cache.attachment.geometry.region(0), cache.attachment.shards[0]
+    words, region, part = cache._attachment.words, cache._attachment.geometry.region(0), cache._attachment.shards[0]
 
     def bucket(key: str) -> int:
         data = key.encode()
-        return int(part.table.bucket_of(key_hash(data, len(data), layout.KEY_TEXT, *cache.attachment.secret)))
+        return int(part.table.bucket_of(key_hash(data, len(data), layout.KEY_TEXT, *cache._attachment.secret)))
 
     cache.set("base", "there")
     neighbour = next(f"k{number}" for number in range(1000) if bucket(f"k{number}") == bucket("base"))
@@ -376,13 +376,13 @@ def test_undoing_an_insertion_hides_no_neighbour(
     commit = journal.Journal.commit
 
     def die(self: Any, slot: int) -> None:
-        left.append(bytes(cache.attachment.data))
+        left.append(bytes(cache._attachment.data))
         commit(self, slot)
 
     monkeypatch.setattr(journal.Journal, "commit", die)
     cache.set(neighbour, "x")
     monkeypatch.undo()
-    cache.attachment.data[:] = left[0]
+    cache._attachment.data[:] = left[0]
     store(words, region.header + layout.S_LOCK, 0)
     real_load = reader.load_acquire
     stepped: list[bool] = []
@@ -413,15 +413,15 @@ def test_a_child_that_is_forked_by_the_serializer_is_a_process_of_its_own(make_c
     """If it went on under its parent's name, its death would leave a lock that a live process seems to have."""
     cache = make_cache(max_bytes="1MB", shards=1, serializer="pickle")
     parent = os.getpid()
-    owner = cache.attachment.member.owner
+    owner = cache._attachment.member.owner
     for store_it in (cache.set, lambda key, value: cache.set_many({key: value})):
         try:
             store_it("key", Forks())
         finally:
             if os.getpid() != parent:
-                os._exit(0 if cache.attachment.member.owner not in (0, owner) else 1)
+                os._exit(0 if cache._attachment.member.owner not in (0, owner) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(Forks.child, 0)[1]) == 0
-        assert cache.attachment.member.owner == owner
+        assert cache._attachment.member.owner == owner
 
 
 def test_a_waiter_moves_to_the_new_cache_when_the_old_one_is_unlinked(
@@ -429,13 +429,13 @@ def test_a_waiter_moves_to_the_new_cache_when_the_old_one_is_unlinked(
 ) -> None:
     """Nobody closed anything: it waits for a lock of a cache that is gone, and another thread has attached anew."""
     cache = make_cache(max_bytes="1MB", shards=1, lock_timeout=30, clock=clock)
-    old = cache.attachment
+    old = cache._attachment
     lock = old.geometry.region(0).header + layout.S_LOCK
     end = Gate()
 
     def hold() -> None:
         cache._attached()
-        store(old.words, lock, cache.attachment.member.owner)
+        store(old.words, lock, cache._attachment.member.owner)
         end.wait()
 
     holder = Child(hold)
@@ -446,7 +446,7 @@ def test_a_waiter_moves_to_the_new_cache_when_the_old_one_is_unlinked(
     run("import sys; from shmcache import Cache; Cache(sys.argv[1]).unlink()", cache.name)
     clock.advance(1)
     assert cache.get("key") is None
-    assert cache.attachment is not old
+    assert cache._attachment is not old
     waiter.join(30)
     assert cache.get("key") == "value"
     end.open()

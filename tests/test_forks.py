@@ -90,7 +90,7 @@ def test_a_fork_while_another_thread_attaches(make_cache: Callable[..., Cache]) 
             within.set()
             assert go_on.wait(DEADLINE)
 
-        under_setup_lock(cache.attachment.lock_fd, 5, work)
+        under_setup_lock(cache._attachment.lock_fd, 5, work)
 
     def child() -> None:
         with Cache(elsewhere, max_bytes=SMALL) as own:

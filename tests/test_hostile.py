@@ -26,25 +26,25 @@ def cache(make_cache: Callable[..., Cache], clock: Clock) -> Iterator[Cache]:
 
 
 def words_of(cache: Cache) -> memoryview:
-    words: memoryview = cache.attachment.words
+    words: memoryview = cache._attachment.words
     return words
 
 
 def slot_of(cache: Cache, number: int) -> int:
     """The word index of the slot that has the entry of this number: they were filled in order."""
-    return int(cache.attachment.geometry.region(0).slots + number * layout.SLOT_WORDS)
+    return int(cache._attachment.geometry.region(0).slots + number * layout.SLOT_WORDS)
 
 
 def header_of(cache: Cache, field: int, shard: int = 0) -> int:
-    return int(cache.attachment.geometry.region(shard).header + field)
+    return int(cache._attachment.geometry.region(shard).header + field)
 
 
 # --- what would last for ever ---------------------------------------------------------------------------------------
 def test_an_entry_that_is_found_again_when_removed_is_not_removed_again(cache: Cache, clock: Clock) -> None:
     """A timer list and a chain that lead to themselves: `purge()` once removed one entry for ever."""
-    words, region = words_of(cache), cache.attachment.geometry.region(0)
+    words, region = words_of(cache), cache._attachment.geometry.region(0)
     clock.advance(200)
-    for number in range(cache.attachment.geometry.slots):
+    for number in range(cache._attachment.geometry.slots):
         words[region.buckets + number] = words[region.buckets + number] >> 32 << 32 | 1
     words[slot_of(cache, 0) + layout.E_CHAIN] = 1
     for number in range(layout.WHEEL_LISTS):
@@ -94,16 +94,16 @@ def test_waiters_that_are_none_are_forgotten(cache: Cache) -> None:
 @pytest.mark.parametrize("mark", [0xCC, 0xCF, 0xD0, 0xD3])
 def test_a_number_that_is_cut_short_is_none(cache: Cache, mark: int) -> None:
     """`incr` once shifted by a negative number of bits."""
-    words, region = words_of(cache), cache.attachment.geometry.region(0)
+    words, region = words_of(cache), cache._attachment.geometry.region(0)
     cache.set("number", 1 << 40)
     at = next(
         slot_of(cache, slot)
-        for slot in range(cache.attachment.geometry.slots)
+        for slot in range(cache._attachment.geometry.slots)
         if words[slot_of(cache, slot) + layout.E_SIZES] == 6 << 32 | layout.KEY_TEXT << 48 | 9
     )
     run = words[at + layout.E_PLACE] % (1 << 32) - 1
     byte = (region.blocks + run * layout.BLOCK_WORDS) * 8 + layout.RUN_HEADER_BYTES + len("number")
-    cache.attachment.data[byte] = mark
+    cache._attachment.data[byte] = mark
     words[at + layout.E_SIZES] -= 8
     with pytest.raises(TypeError, match="not an integer"):
         cache.incr("number")
@@ -186,7 +186,7 @@ def test_versions_are_ones_that_cas_takes_after_a_repair(cache: Cache, stamp: in
 
 def test_an_undo_log_that_lies_gives_the_lock_to_nobody(cache: Cache) -> None:
     """Neither the lock, nor a version, nor another shard is what a transaction changes, so none is put back."""
-    words, log = words_of(cache), cache.attachment.geometry.region(0).log
+    words, log = words_of(cache), cache._attachment.geometry.region(0).log
     version = words[slot_of(cache, 3)]
     lies = [(header_of(cache, layout.S_WAITERS), 9), (slot_of(cache, 3), 2), (layout.H_CREATOR, 1)]
     creator = words[layout.H_CREATOR]
@@ -201,7 +201,7 @@ def test_an_undo_log_that_lies_gives_the_lock_to_nobody(cache: Cache) -> None:
 
 def test_free_memory_that_is_an_entrys_is_not_given_away(cache: Cache) -> None:
     """A bin that led to the run of an entry once let others write into it."""
-    words, region = words_of(cache), cache.attachment.geometry.region(0)
+    words, region = words_of(cache), cache._attachment.geometry.region(0)
     cache.set("large", "x" * 1000)
     before = dict(cache.items())
     for number in range(layout.BINS):
@@ -220,7 +220,7 @@ def test_free_memory_that_is_an_entrys_is_not_given_away(cache: Cache) -> None:
 def test_lies_about_one_shard_leave_the_others_alone(make_cache: Callable[..., Cache]) -> None:
     """Links beyond the slots and blocks of a shard once led writers into those of the next."""
     cache = make_cache(max_bytes="512KB", max_entries=100, shards=2)
-    words, geometry = words_of(cache), cache.attachment.geometry
+    words, geometry = words_of(cache), cache._attachment.geometry
     for number in range(100):
         cache.set(number, "x" * number * 7, ttl=100)
     keys = [number for number in range(100) if cache.info(number).shard == 0]

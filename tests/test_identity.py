@@ -169,7 +169,7 @@ def test_a_child_that_has_its_parents_pid(small: Cache) -> None:
         take(small)
         unshare_pids()
         assert Child(child).wait() == 0
-        small.attachment.words[lock_word(small)] = 0
+        small._attachment.words[lock_word(small)] = 0
         small.set("from the parent", 1)
 
     with Family() as family:
@@ -187,7 +187,7 @@ def test_a_process_with_the_pid_of_a_dead_holder(small: Cache, who: str) -> None
 
     def second(dead: int) -> None:
         small.get("kept")  # takes a line of the process table
-        assert owner(small) == dead != small.attachment.member.owner
+        assert owner(small) == dead != small._attachment.member.owner
         if who == "the new one":
             goes_on(small, recoveries=1)
         else:
@@ -241,11 +241,11 @@ def test_a_holder_that_becomes_another_program(small: Cache) -> None:
 # --- places of the process table ------------------------------------------------------------------------------------
 def leave_one_place(cache: Cache) -> None:
     """Make all vacant places look as if a process had died there; so the next one to die is the next to be replaced."""
-    registry = cache.attachment.registry
+    registry = cache._attachment.registry
     for line in range(registry.processes):
         pid = registry.line(line) + layout.P_PID
-        if line > 1 and cache.attachment.words[pid] == 0:
-            cache.attachment.words[pid] = 1
+        if line > 1 and cache._attachment.words[pid] == 0:
+            cache._attachment.words[pid] = 1
 
 
 def test_the_place_of_a_dead_holder_is_taken_before_anybody_waits(small: Cache) -> None:
@@ -262,7 +262,7 @@ def test_the_place_of_a_dead_holder_is_taken_before_anybody_waits(small: Cache) 
 
     def replace(dead: int) -> None:
         small.get("kept")
-        member = small.attachment.member
+        member = small._attachment.member
         assert member.owner >> 48 == dead >> 48 == 1, "it has another place"
         assert member.owner == dead + 1
         assert owner(small) == dead
@@ -294,17 +294,17 @@ def test_generations_begin_again_after_2_to_the_48(make_cache: Callable[..., Cac
     """An owner id is never 0, which says that a lock is free; and a dead holder of the last generation is known."""
     cache = make_cache(max_bytes=256 * 1024, max_entries=64, shards=1, lock_timeout=TIMEOUT)
     name, lock_at = cache.name, lock_word(cache)
-    generation_at = cache.attachment.registry.line(place) + layout.P_GENERATION
+    generation_at = cache._attachment.registry.line(place) + layout.P_GENERATION
     cache.set("kept", "value")
     leave_one_place(cache)
     if place == 0:
-        cache.attachment.words[cache.attachment.registry.line(1) + layout.P_PID] = 1
+        cache._attachment.words[cache._attachment.registry.line(1) + layout.P_PID] = 1
         cache.close()  # its place is for the children
 
     def attach_and(work: Callable[[Cache], object]) -> None:
         with Cache(name, lock_timeout=TIMEOUT) as own:
-            assert own.attachment.member.owner >> 48 == place
-            assert own.attachment.member.owner & GENERATION_MASK != 0
+            assert own._attachment.member.owner >> 48 == place
+            assert own._attachment.member.owner & GENERATION_MASK != 0
             work(own)
 
     with Family() as family, open(segment.DIRECTORY / segment.file_name(name), "r+b") as file:
@@ -379,7 +379,7 @@ def test_a_process_stopped_while_it_attaches(small: Cache) -> None:
     """Others cannot attach meanwhile, nor unlink, and are told why; who is attached already notices nothing."""
 
     def stop() -> None:
-        under_setup_lock(small.attachment.lock_fd, 5, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        under_setup_lock(small._attachment.lock_fd, 5, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         small.set("from the stopped one", 1)
 
     reason = "somebody has been creating, attaching to or unlinking this cache.*stopped process"

@@ -24,7 +24,7 @@ class Bench:
     """One shard of a real segment, and what is stored in it from `watch` on."""
 
     def __init__(self, cache: Cache) -> None:
-        attachment = cache.attachment
+        attachment = cache._attachment
         self.words = attachment.words
         self.shard: Any = attachment.shards[0]
         self.region = attachment.geometry.region(0)

@@ -44,7 +44,7 @@ def test_a_stopped_holder_is_waited_for_and_never_robbed(small: Cache) -> None:
     with Family() as family:
         holder = family.fork(hold, small)
         holder.wait_until_stopped()
-        owner = small.attachment.words[lock_word(small)]
+        owner = small._attachment.words[lock_word(small)]
         for attempt in (
             lambda: small.set("key", 1),
             lambda: small.delete("kept"),
@@ -65,7 +65,7 @@ def test_a_stopped_holder_is_waited_for_and_never_robbed(small: Cache) -> None:
             assert list(small.items()) == [("kept", "value")]
             assert small.ttl("kept") is None
         assert time.monotonic() - began < LONGEST_STALL, "readers waited for the lock"
-        assert small.attachment.words[lock_word(small)] == owner
+        assert small._attachment.words[lock_word(small)] == owner
         assert waiters(small) == 0, "those who gave up still count as waiting"
 
         holder.signal(signal.SIGCONT)
@@ -114,8 +114,8 @@ def test_what_a_killed_holder_left_half_done_is_undone(small: Cache) -> None:
     version = small.gets("kept")[1]
 
     def begin(cache: Cache) -> None:
-        words = cache.attachment.words
-        region = cache.attachment.geometry.region(0)
+        words = cache._attachment.words
+        region = cache._attachment.geometry.region(0)
         [slot] = [
             number
             for number in range(cache.max_entries)
@@ -176,7 +176,7 @@ def test_a_reader_waits_once_for_a_shard_whose_holder_is_stopped_in_a_removal(sm
     """The sequence number is odd, so that no miss counts: each key that is missing would wait as long again."""
 
     def begin(cache: Cache) -> None:
-        cache.attachment.words[cache.attachment.geometry.region(0).header + layout.S_SEQUENCE] |= 1
+        cache._attachment.words[cache._attachment.geometry.region(0).header + layout.S_SEQUENCE] |= 1
 
     with Family() as family:
         holder = family.fork(hold, small, begin)
@@ -196,9 +196,9 @@ def test_a_scan_waits_once_for_a_shard_whose_holder_is_stopped(small: Cache) -> 
     small.set_many(dict.fromkeys(range(10), "value"))
 
     def begin(cache: Cache) -> None:
-        region = cache.attachment.geometry.region(0)
+        region = cache._attachment.geometry.region(0)
         for slot in range(3):
-            cache.attachment.words[region.slots + slot * layout.SLOT_WORDS + layout.E_VERSION] |= 1
+            cache._attachment.words[region.slots + slot * layout.SLOT_WORDS + layout.E_VERSION] |= 1
 
     with Family() as family:
         holder = family.fork(hold, small, begin)

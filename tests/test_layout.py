@@ -127,7 +127,7 @@ def test_the_stored_hash_is_the_one_of_the_python_body(make_cache: Callable[...,
     cache = make_cache(max_bytes="1MB", max_entries=200, shards=1)
     keys = ["k" * size for size in range(1, 70)] + ["é", "日本語"]
     cache.set_many(dict.fromkeys(keys, 0))
-    attachment = cache.attachment
+    attachment = cache._attachment
     region = attachment.geometry.region(0)
     stored = {
         load(attachment.words, region.slots + slot * layout.SLOT_WORDS + layout.E_HASH)

@@ -49,13 +49,13 @@ class Bench:
     """A lock on a real segment, with a clock and a sleeper of the test's."""
 
     def __init__(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.attachment = cache.attachment
-        self.words = self.attachment.words
-        self.member = self.attachment.member
-        self.header = self.attachment.geometry.region(0).header
+        self._attachment = cache._attachment
+        self.words = self._attachment.words
+        self.member = self._attachment.member
+        self.header = self._attachment.geometry.region(0).header
         self.now = 10**15
         self.sleeper = Sleeper(self)
-        self.lock = Lock(self.words, self.header, self.member, self.sleeper, self.attachment.guard)
+        self.lock = Lock(self.words, self.header, self.member, self.sleeper, self._attachment.guard)
         self.asked: list[tuple[int, int]] = []  # the owner that was asked after, and when
         self.began = self.now
         monkeypatch.setattr(lock, "precise_ns", lambda: self.now)
@@ -400,15 +400,15 @@ def test_a_member_that_resigns_while_waiting_raises(bench: Bench) -> None:
 def join(cache: Cache) -> int:
     """In a child: take a line of the process table; its owner id."""
     cache._attached()
-    owner: int = cache.attachment.member.owner
+    owner: int = cache._attachment.member.owner
     return owner
 
 
 def test_who_lives_is_known_by_byte_and_generation(make_cache: Callable[..., Cache]) -> None:
     """And whose lock one gave up waiting for is told by a pid."""
     cache = make_cache(max_bytes="64KB", max_entries=4, shards=1)
-    words, registry = cache.attachment.words, cache.attachment.member.registry
-    header = cache.attachment.geometry.region(0).header
+    words, registry = cache._attachment.words, cache._attachment.member.registry
+    header = cache._attachment.geometry.region(0).header
     gate = Gate()
 
     def work() -> None:
@@ -422,11 +422,11 @@ def test_who_lives_is_known_by_byte_and_generation(make_cache: Callable[..., Cac
     assert not registry.is_alive(owner + 1)
     assert not registry.is_alive(owner - 1)
     assert not registry.is_alive(owner + (1 << 48))  # the next line, of nobody
-    assert registry.is_alive(cache.attachment.member.owner)
-    assert not registry.is_alive(cache.attachment.member.owner + 1)
+    assert registry.is_alive(cache._attachment.member.owner)
+    assert not registry.is_alive(cache._attachment.member.owner + 1)
     assert not registry.is_alive(registry.processes << 48 | 1)  # a line that is not there
     assert set(registry.live_lines()) == {registry.own_line, owner >> 48}
-    waiting = cache.attachment.shards[0].lock
+    waiting = cache._attachment.shards[0].lock
     waiting.waited_for = owner
     assert waiting.holder_pid() == child.pid
     gate.open()
@@ -438,7 +438,7 @@ def test_who_lives_is_known_by_byte_and_generation(make_cache: Callable[..., Cac
 def test_who_lives_cannot_be_asked_of_another_file(make_cache: Callable[..., Cache]) -> None:
     """The descriptor was closed, and perhaps opened again as another file: no answer is better than a wrong one."""
     cache = make_cache(max_bytes="64KB", max_entries=4, shards=1)
-    registry = cache.attachment.member.registry
+    registry = cache._attachment.member.registry
     fd = registry.fd
     for other in (-1, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)):
         registry.fd = other
@@ -454,8 +454,8 @@ def test_closing_waits_for_who_has_the_lock_and_not_for_who_waits_for_it(
 ) -> None:
     """Who waits has the mutex, and will not get the lock any more: closing lasted as long as its patience."""
     cache = make_cache(max_bytes="64KB", max_entries=4, shards=1, lock_timeout=600)
-    shard = cache.attachment.shards[0]
-    guard = cache.attachment.guard
+    shard = cache._attachment.shards[0]
+    guard = cache._attachment.guard
     entered, go_on = threading.Event(), threading.Event()
     perform = shard.perform_locked
 

@@ -87,7 +87,7 @@ def fill(leave: int = 0) -> Path:
 
 def use_it_all(cache: Cache) -> None:
     """Touch every page of it, in every way."""
-    value = os.urandom(cache.attachment.geometry.max_entry_bytes // 3)
+    value = os.urandom(cache._attachment.geometry.max_entry_bytes // 3)
     for number in range(8):
         cache.set(number, value)
         assert cache.get(number) == value
@@ -197,7 +197,7 @@ def test_the_default_cache_takes_all_of_the_shared_memory_of_a_container() -> No
         for ephemeral in (False, True):
             with Cache("cache", ephemeral=ephemeral) as cache:
                 assert cache.stats().max_bytes == 64 * 2**20
-                assert len(files("cache")) == 2 + cache.attachment.geometry.shards
+                assert len(files("cache")) == 2 + cache._attachment.geometry.shards
                 use_it_all(cache)
                 with pytest.raises(SegmentTooLarge, match=r"--shm-size=128m"):
                     Cache("another", max_bytes="1MB")
@@ -225,7 +225,7 @@ def test_no_room_for_the_semaphores_only() -> None:
             assert free_bytes() < PAGE
             assert sorted(os.listdir(SHM)) == [segment.file_name("cache"), segment.lock_path("cache").name, filler.name]
             use_it_all(cache)
-            [sleeper] = cache.attachment.sleepers
+            [sleeper] = cache._attachment.sleepers
             sleeper.wake()
             assert sleeper.sleep() is False
         assert len(said) == 1
@@ -264,7 +264,7 @@ def test_processes_that_use_it_meet_again_where_there_is_room_for_one_cache_only
     def use(number: int) -> None:
         said = listen()
         cache, twin = Cache("cache", max_bytes="700KB"), Cache("cache")
-        inode = os.fstat(cache.attachment.segment_fd).st_ino
+        inode = os.fstat(cache._attachment.segment_fd).st_ino
         moved = 0
         deadline = time.monotonic() + 20
         while moved < 3 or len(cache.get_many(range(3))) < 3:
@@ -272,8 +272,8 @@ def test_processes_that_use_it_meet_again_where_there_is_room_for_one_cache_only
             cache.set(number, number)
             twin.get(number)
             moved = max(moved, cache.get("all moved", 0))
-            if os.fstat(cache.attachment.segment_fd).st_ino != inode:
-                inode = os.fstat(cache.attachment.segment_fd).st_ino
+            if os.fstat(cache._attachment.segment_fd).st_ino != inode:
+                inode = os.fstat(cache._attachment.segment_fd).st_ino
                 cache.incr("all moved", initial=0)
         assert len(said) == 1, said
         assert "were unlinked or closed while in use: attaching anew" in said[0]
@@ -467,7 +467,7 @@ def test_no_more_open_files_in_use(name: str) -> None:
         Cache(name, max_bytes=2**19).close()
         cache = Cache(name)
         limit(resource.RLIMIT_NOFILE, 6)
-        [sleeper] = cache.attachment.sleepers
+        [sleeper] = cache._attachment.sleepers
         assert sleeper.sleep() is False
         use_it_all(cache)
         path = segment.DIRECTORY / segment.file_name(name)
@@ -534,10 +534,10 @@ def test_semaphores_that_were_removed(name: str) -> None:
     def work() -> None:
         said = listen()
         other = Cache(name)
-        word = other.attachment.geometry.region(0).header + layout.S_LOCK
-        other.attachment.words[word] = other.attachment.member.owner + 1  # the generation of a process that is gone
+        word = other._attachment.geometry.region(0).header + layout.S_LOCK
+        other._attachment.words[word] = other._attachment.member.owner + 1  # the generation of a process that is gone
         other.set("key", "other")
-        [sleeper] = other.attachment.sleepers
+        [sleeper] = other._attachment.sleepers
         assert sleeper.sleep() is False
         sleeper.wake()
         assert len(said) == 1, said
@@ -545,7 +545,7 @@ def test_semaphores_that_were_removed(name: str) -> None:
         assert other.stats().recoveries == 1
 
     with Cache(name, max_bytes=2**19, shards=1) as cache:
-        [sleeper] = cache.attachment.sleepers
+        [sleeper] = cache._attachment.sleepers
         sleeper.unlink()
         cache.close()
         in_child(work)
@@ -700,22 +700,22 @@ def test_the_clock_is_set_back_while_somebody_waits_for_a_lock(name: str, tmp_pa
         other = family.python(LD_PRELOAD=str(library))
         assert other.ask("int(__import__('time').time())") > time.time() + 3000
         other.ask(f"(c := Cache({name!r}, lock_timeout=0.2))")
-        word = cache.attachment.geometry.region(0).header + layout.S_LOCK
+        word = cache._attachment.geometry.region(0).header + layout.S_LOCK
 
         # A live holder: the waiter gives up after `lock_timeout`.
-        cache.attachment.words[word] = cache.attachment.member.owner
+        cache._attachment.words[word] = cache._attachment.member.owner
         assert "LockTimeout" in other.ask("c.set('key', 1)")
         waits = cache.stats().lock_waits
         other.tell("c.set('key', 2)")
-        until(lambda: cache.attachment.words[cache.attachment.geometry.region(0).header + layout.S_WAITERS])
-        cache.attachment.words[word] = 0
+        until(lambda: cache._attachment.words[cache._attachment.geometry.region(0).header + layout.S_WAITERS])
+        cache._attachment.words[word] = 0
         other.answer()
         assert cache.stats().lock_waits > waits
 
         # A dead one: the waiter takes over.
         def die() -> None:
             with Cache(name) as mine:
-                mine.attachment.words[word] = mine.attachment.member.owner
+                mine._attachment.words[word] = mine._attachment.member.owner
                 os.kill(os.getpid(), signal.SIGKILL)
 
         assert family.fork(die).wait() == -signal.SIGKILL

@@ -314,7 +314,7 @@ class PressureMachine(RuleBasedStateMachine):
         try:
             self.cache.set(key, value, ttl)
         except ValueTooLarge:
-            assert size + 20 > self.cache.attachment.geometry.max_entry_bytes
+            assert size + 20 > self.cache._attachment.geometry.max_entry_bytes
         else:
             self.written[key] = (value, self.expiry(ttl))
             assert self.cache.get(key) == value

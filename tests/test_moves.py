@@ -66,7 +66,7 @@ def test_an_operation_that_waits_for_a_lock_goes_on_in_the_new_cache(
     cache = make_cache(max_bytes=256 * 1024, max_entries=64, shards=1, clock=clock, lock_timeout=60)
     cache.set("a", 1)
     cache.set("n", 5)
-    old = cache.attachment
+    old = cache._attachment
     with Family() as family, ThreadPoolExecutor() as pool:
         holder = family.fork(hold, cache)
         holder.wait_until_stopped()
@@ -75,7 +75,7 @@ def test_an_operation_that_waits_for_a_lock_goes_on_in_the_new_cache(
         segment.unlink(cache.name)
         clock.advance(1)
         assert cache.get("a") is None or name_of_operation in ("set", "add", "set_many")
-        assert cache.attachment is not old
+        assert cache._attachment is not old
         assert outcome.result(timeout=60) == expected
         holder.kill()
     assert cache.check() == []
@@ -94,7 +94,7 @@ def test_a_group_half_of_which_is_done_is_not_done_twice(make_cache: Callable[..
     assert here
     assert there
     cache.set_many(dict.fromkeys(shard_of, 0))
-    old = cache.attachment
+    old = cache._attachment
     region = old.geometry.region(1)
     with Family() as family, ThreadPoolExecutor() as pool:
         holder = family.fork(hold_second, cache)
@@ -120,7 +120,9 @@ def test_a_group_half_of_which_is_done_is_not_done_twice(make_cache: Callable[..
 def hold_second(cache: Cache) -> None:
     """As `hold`, but the lock of the second shard."""
     cache.get("anything")
-    cache.attachment.words[cache.attachment.geometry.region(1).header + layout.S_LOCK] = cache.attachment.member.owner
+    cache._attachment.words[cache._attachment.geometry.region(1).header + layout.S_LOCK] = (
+        cache._attachment.member.owner
+    )
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -163,12 +165,12 @@ def test_threads_that_use_it_in_every_way_while_its_files_go_again_and_again(mak
         threads = [pool.submit(use, first) for first in (0, 5, 10, 15)]
         try:
             for _ in range(20):
-                attachment = cache.attachment
+                attachment = cache._attachment
                 segment.unlink(cache.name)
-                until(lambda of=attachment: cache.attachment is not of or any(thread.done() for thread in threads))  # type: ignore[misc]
+                until(lambda of=attachment: cache._attachment is not of or any(thread.done() for thread in threads))  # type: ignore[misc]
         finally:
             over.set()
         assert all(thread.result(timeout=60) for thread in threads)
-    assert cache.attachment.is_current()
-    assert cache.attachment is attachments._attachments[cache.name]
+    assert cache._attachment.is_current()
+    assert cache._attachment is attachments._attachments[cache.name]
     assert cache.check() == []

@@ -279,7 +279,7 @@ def test_a_forked_child_counts_as_itself(make_cache: Callable[..., Cache]) -> No
         with Cache(cache.name) as own:
             assert own.get("key") == 1
             assert [process.pid for process in own.stats().attached] == sorted([os.getppid(), os.getpid()])
-            owners = own.attachment.member.owner
+            owners = own._attachment.member.owner
             assert owners >> 48 != 0
 
     for work in (inherited, anew):
@@ -376,10 +376,10 @@ def test_a_process_that_moved_to_a_new_cache_is_not_robbed(name: str) -> None:
         until(lambda: cache.get("before") is None and other.ask("c.get('before')") is None, 5)
         cache.set("key", 1)
         assert other.ask("c.get('key')") == 1
-        word = cache.attachment.geometry.region(0).header + layout.S_LOCK
-        cache.attachment.words[word] = cache.attachment.member.owner
+        word = cache._attachment.geometry.region(0).header + layout.S_LOCK
+        cache._attachment.words[word] = cache._attachment.member.owner
         assert "LockTimeout" in other.ask("c.set('key', 3)")
-        cache.attachment.words[word] = 0
+        cache._attachment.words[word] = 0
         assert other.ask("c.set('key', 3)") is None
         assert cache.get("key") == 3
         other.finish()
@@ -409,7 +409,7 @@ def test_200_processes_come_and_go_in_64_places(name: str) -> None:
                 os._exit(0)
 
     with no_gc(), Cache(name, max_bytes=SMALL, max_entries=64) as cache, Family() as family:
-        assert cache.attachment.geometry.processes == 64
+        assert cache._attachment.geometry.processes == 64
         for number in range(200):
             counts = {key: rng.randint(1, 5) for key in expected}
             for each in range(counts["deletes"]):

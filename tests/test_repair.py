@@ -35,7 +35,7 @@ def contents(cache: Cache) -> dict[object, object]:
 
 def words_of(cache: Cache, part: str) -> range:
     """The word indexes of a part of the shard."""
-    region = cache.attachment.geometry.region(0)
+    region = cache._attachment.geometry.region(0)
     parts = ["header", "log", "bins", "wheel", "buckets", "slots", "blocks", "end"]
     return range(getattr(region, part), getattr(region, parts[parts.index(part) + 1]))
 
@@ -45,7 +45,7 @@ def test_what_follows_from_the_slots_is_made_anew(cache: Cache, part: str) -> No
     """Buckets, timer lists and bins full of nonsense cost no entry."""
     before = contents(cache)
     for word in words_of(cache, part):
-        store(cache.attachment.words, word, 0xDEAD_BEEF_0000_0007)
+        store(cache._attachment.words, word, 0xDEAD_BEEF_0000_0007)
     assert cache.check() != []
     assert cache.repair() == []
     assert cache.check() == []
@@ -61,9 +61,9 @@ def test_what_follows_from_the_slots_is_made_anew(cache: Cache, part: str) -> No
 def test_each_head_in_the_header_is_made_anew(cache: Cache, field: str) -> None:
     """A wrong head, or a wrong count, is found and costs no entry."""
     before = contents(cache)
-    header = cache.attachment.geometry.region(0).header
+    header = cache._attachment.geometry.region(0).header
     word = header + getattr(layout, field)
-    store(cache.attachment.words, word, load(cache.attachment.words, word) ^ 0x0000_0003_0000_0003)
+    store(cache._attachment.words, word, load(cache._attachment.words, word) ^ 0x0000_0003_0000_0003)
     assert cache.check() != []
     assert cache.repair() == []
     assert contents(cache) == before
@@ -76,9 +76,9 @@ def test_a_broken_slot_costs_that_entry_at_most(cache: Cache, field: str) -> Non
     used = [
         at
         for at in words_of(cache, "slots")[:: layout.SLOT_WORDS]
-        if load(cache.attachment.words, at + layout.E_PLACE) & 0xFFFF_FFFF
+        if load(cache._attachment.words, at + layout.E_PLACE) & 0xFFFF_FFFF
     ]
-    store(cache.attachment.words, used[7] + getattr(layout, field), 0x0000_7777_0055_5555)
+    store(cache._attachment.words, used[7] + getattr(layout, field), 0x0000_7777_0055_5555)
     assert cache.check() != []
     assert len(cache.repair()) <= 1
     assert cache.check() == []
@@ -102,8 +102,8 @@ def test_the_order_of_eviction_survives_repair(make_cache: Callable[..., Cache])
 
 def test_what_recovery_needs_is_checked_at_the_next_operation(cache: Cache) -> None:
     """A log, a subject and a limbo chain that make no sense do not stop anybody."""
-    header = cache.attachment.geometry.region(0)
-    words = cache.attachment.words
+    header = cache._attachment.geometry.region(0)
+    words = cache._attachment.words
     store(words, header.log, 5)
     for entry in range(5):
         store(words, header.log + layout.L_ENTRIES + 2 * entry, 1 << 60)
@@ -120,11 +120,11 @@ def test_random_damage_never_does_worse_than_lose_entries(make_cache: Callable[.
         cache = make_cache(max_bytes="128KB", max_entries=40, shards=1, clock=clock)
         for number in range(60):
             cache.set(f"key{number}", f"{number}:" * rng.randrange(1, 300), ttl=rng.choice([None, 50]))
-        region = cache.attachment.geometry.region(0)
+        region = cache._attachment.geometry.region(0)
         for _ in range(rng.choice([1, 10, 200])):
             word = rng.randrange(region.log, region.end)
-            old = load(cache.attachment.words, word)
-            store(cache.attachment.words, word, rng.choice([0, rng.getrandbits(64), old ^ 1 << rng.randrange(64)]))
+            old = load(cache._attachment.words, word)
+            store(cache._attachment.words, word, rng.choice([0, rng.getrandbits(64), old ^ 1 << rng.randrange(64)]))
         for number in range(60):
             with contextlib.suppress(ShmcacheError):
                 cache.get(f"key{number}")
@@ -141,7 +141,7 @@ def test_random_damage_never_does_worse_than_lose_entries(make_cache: Callable[.
 
 def test_two_slots_with_one_run_cost_one_of_them(cache: Cache) -> None:
     """The entry that keeps the run stays whole; its blocks are not given to anybody else."""
-    words = cache.attachment.words
+    words = cache._attachment.words
     slots = list(words_of(cache, "slots")[:: layout.SLOT_WORDS])
     used = [at for at in slots if load(words, at + layout.E_PLACE) & 0xFFFF_FFFF]
     free = [at for at in slots if not load(words, at + layout.E_PLACE) & 0xFFFF_FFFF]
@@ -165,7 +165,7 @@ def test_a_slot_being_emptied_lets_no_reader_begin(
     """From the moment a slot has its new version on, no reader can take what it led to for the value."""
     cache = make_cache(max_bytes="2MB", max_entries=64, shards=1)
     cache.set("key", "value")
-    words = cache.attachment.words
+    words = cache._attachment.words
     [at] = [at for at in words_of(cache, "slots")[:: layout.SLOT_WORDS] if load(words, at + layout.E_PLACE)]
     module = table if how == "clear" else repair
     begun_on_even = []
@@ -195,11 +195,11 @@ class Small:
 
     def __init__(self, cache: Cache, clock: Clock) -> None:
         self.cache = cache
-        self.words = cache.attachment.words
-        self.region = cache.attachment.geometry.region(0)
+        self.words = cache._attachment.words
+        self.region = cache._attachment.geometry.region(0)
         for key, value, ttl in (("a", "x", None), ("b", "x", 60), ("c", "x", None), ("d", "x" * 150, 61)):
             cache.set(key, value, ttl)
-        assert cache.attachment.geometry.blocks == FREE_AT + FREE
+        assert cache._attachment.geometry.blocks == FREE_AT + FREE
         self.now = clock()
 
     def header(self, field: int) -> int:
@@ -764,7 +764,7 @@ def test_a_kind_of_key_that_is_none_is_wrong_whatever_its_hash(small: Small) -> 
     sizes = small.read(small.slot(1, layout.E_SIZES))
     for kind in (0, layout.KEY_PACKED + 1):
         small.write(small.slot(1, layout.E_SIZES), sizes & 0xFFFF_FFFF_FFFF | kind << 48)
-        small.write(small.slot(1, layout.E_HASH), key_hash(b"b", 1, kind, *small.cache.attachment.secret))
+        small.write(small.slot(1, layout.E_HASH), key_hash(b"b", 1, kind, *small.cache._attachment.secret))
         assert f"shard 0: {CONTRADICTS}" in small.cache.check()
 
 
@@ -794,9 +794,9 @@ def test_a_full_table_of_entries_that_expire_is_sound(small: Small) -> None:
 
 def test_no_more_than_a_hundred_problems_are_told(make_cache: Callable[..., Cache]) -> None:
     cache = make_cache(max_bytes="64KB", max_entries=120, shards=1)
-    region = cache.attachment.geometry.region(0)
+    region = cache._attachment.geometry.region(0)
     for slot in range(120):
-        store(cache.attachment.words, region.slots + slot * layout.SLOT_WORDS, 1)
+        store(cache._attachment.words, region.slots + slot * layout.SLOT_WORDS, 1)
     assert len(cache.check()) == 100
     cache.repair()
 
@@ -805,13 +805,13 @@ def test_repair_of_one_shard_touches_no_other(make_cache: Callable[..., Cache]) 
     cache = make_cache(max_bytes="128KB", max_entries=8, shards=2)
     for number in range(8):
         cache.set(number, "x" * 3000)
-    geometry = cache.attachment.geometry
-    before = bytes(cache.attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
-    header = bytes(cache.attachment.data[: layout.HEADER_WORDS * 8])
-    cache._inspect(cache.attachment.shards[:1], True)
-    after = bytes(cache.attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
+    geometry = cache._attachment.geometry
+    before = bytes(cache._attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
+    header = bytes(cache._attachment.data[: layout.HEADER_WORDS * 8])
+    cache._inspect(cache._attachment.shards[:1], True)
+    after = bytes(cache._attachment.data[geometry.region(1).header * 8 : geometry.region(1).end * 8])
     assert after == before
-    assert bytes(cache.attachment.data[: layout.HEADER_WORDS * 8]) == header
+    assert bytes(cache._attachment.data[: layout.HEADER_WORDS * 8]) == header
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -897,10 +897,10 @@ def test_of_several_keys_in_one_bucket_none_is_taken_for_another(make_cache: Cal
     """And a second slot of any of them is found, wherever it is in the chain."""
     for place in range(3):
         cache = make_cache(max_bytes="48KB", max_entries=4, shards=1)
-        words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+        words, region = cache._attachment.words, cache._attachment.geometry.region(0)
         key_of: dict[int, list[str]] = {}
         for number in range(100):
-            hash = key_hash(str(number).encode(), len(str(number)), layout.KEY_TEXT, *cache.attachment.secret)
+            hash = key_hash(str(number).encode(), len(str(number)), layout.KEY_TEXT, *cache._attachment.secret)
             key_of.setdefault((hash & 0xFFFF_FFFF) * 4 >> 32, []).append(str(number))
         keys = next(keys for keys in key_of.values() if len(keys) >= 3)[:3]
         for key in keys:
@@ -920,7 +920,7 @@ def test_of_several_keys_in_one_bucket_none_is_taken_for_another(make_cache: Cal
 
 @pytest.mark.skipif(is_compiled(), reason="reaches into the sources")
 def test_a_twin_is_looked_for_to_the_end_of_the_chain_and_not_for_ever(small: Small) -> None:
-    inspector = repair.Inspector(small.cache.attachment.shards[0])
+    inspector = repair.Inspector(small.cache._attachment.shards[0])
     for slot in range(SLOTS):
         small.write(small.slot(slot, layout.E_HASH), 5)
         small.write(small.slot(slot, layout.E_SIZES), pack(slot % 7, 1))

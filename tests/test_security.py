@@ -27,7 +27,8 @@ import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 import shmcache.cache
-from shmcache import Cache, CacheNotFound, IncompatibleSegment, SerializationError, doctor, is_compiled, segment
+from shmcache import Cache, CacheNotFound, IncompatibleSegment, SerializationError, is_compiled, segment
+from shmcache.cli import doctor
 from shmcache.codec import Codec, encode_key
 from shmcache.engine import layout
 from shmcache.engine.bytelock import is_byte_locked
@@ -366,7 +367,7 @@ def test_a_semaphore_that_a_stranger_has_put_there_is_not_opened(place: str, squ
 
     def use() -> None:
         cache = create()
-        [sleeper] = cache.attachment.sleepers
+        [sleeper] = cache._attachment.sleepers
         began = time.monotonic()
         sleeper.wake()
         assert not sleeper.sleep()
@@ -413,10 +414,10 @@ def test_looking_at_a_cache_does_not_drop_the_locks_of_who_has_it(
     for ephemeral in (False, True):
         cache = make_cache(max_bytes="1MB", max_entries=100, ephemeral=ephemeral)
         cache.set("k", 1)
-        line = cache.attachment.registry.own_line
+        line = cache._attachment.registry.own_line
 
         def is_held(cache: Cache = cache, line: int = line) -> None:
-            assert is_byte_locked(cache.attachment.lock_fd, line)
+            assert is_byte_locked(cache._attachment.lock_fd, line)
 
         as_user(os.geteuid(), is_held)
         assert list(doctor.examine(cache.name))
@@ -436,7 +437,7 @@ def test_looking_at_a_cache_does_not_drop_the_locks_of_who_has_it(
 # --- keys chosen to collide -----------------------------------------------------------------------------------------
 def steps(cache: Cache) -> tuple[float, int]:
     """How many links a reader follows to an entry, on average and at most: counted in the table itself."""
-    words, geometry = cache.attachment.words, cache.attachment.geometry
+    words, geometry = cache._attachment.words, cache._attachment.geometry
     lengths = []
     for shard in range(geometry.shards):
         region = geometry.region(shard)
@@ -520,10 +521,10 @@ def test_keys_that_collide_elsewhere_do_not_here(make_cache: MakeCache) -> None:
     assert 1 < ordinary < 2
     assert longest < 20
     with Cache(new_name(), max_bytes="1MB") as known:
-        secret = known.attachment.secret
+        secret = known._attachment.secret
         known.unlink()
     assert 0 not in secret
-    assert not {*secret} & {*cache.attachment.secret}, "who knows the secret of one cache knows nothing of the next"
+    assert not {*secret} & {*cache._attachment.secret}, "who knows the secret of one cache knows nothing of the next"
     of_another = (secret[1].to_bytes(8, sys.byteorder) + b"%08d" % number for number in itertools.count())
     families: list[tuple[Callable[[Any], int], Iterator[Any]]] = [*crafted_keys()]
     families.append((partial(ours, secret=secret), of_another))
@@ -540,7 +541,7 @@ def test_without_the_secret_they_would_collide(make_cache: MakeCache, monkeypatc
     """That the tests above would notice."""
     monkeypatch.setattr("os.urandom", bytes)
     cache = make_cache(max_bytes="1MB", max_entries=400, shards=1)
-    assert cache.attachment.secret == (0, 0)
+    assert cache._attachment.secret == (0, 0)
     for end in (b"", b"the same end"):
         assert fill(cache, itertools.islice(for_our_secret_0(end), 400)) == (200.5, 400)
 
@@ -617,8 +618,8 @@ def test_nothing_is_unpickled_unasked(make_cache: MakeCache, tmp_path: Path, mon
                 list(walk())
         # A key as well.
         writer.set(lookalike, 0)
-        at = bytes(reader.attachment.data).index(encode_key(lookalike))
-        reader.attachment.data[at : at + len(key)] = key
+        at = bytes(reader._attachment.data).index(encode_key(lookalike))
+        reader._attachment.data[at : at + len(key)] = key
         with pytest.raises(SerializationError):
             list(reader.keys())
         list(doctor.examine(name))

@@ -297,7 +297,7 @@ def doctor(name: str | None, as_json: bool) -> None:
     Example: shmcache doctor
     """
     from shmcache.cli import report
-    from shmcache.doctor import examine
+    from shmcache.cli.doctor import examine
 
     findings = []
     for finding in examine(name):

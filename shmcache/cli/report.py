@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shmcache import segment
+from shmcache.cli.doctor import Finding
 from shmcache.cli.text import show_age, show_ratio, show_size, table
-from shmcache.doctor import Finding
 from shmcache.engine.bytelock import holders
 from shmcache.engine.store import is_compiled
 from shmcache.stats import ProcessStats, Stats

@@ -3,15 +3,15 @@
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
-back, `reader.py` and `shard.py` do the rest. A `get` goes: `find`, `now`, `Request.set_key`, `Reader.read`, perhaps
-`Shard.promote`, `Request.value`. A `set` goes: `put`, `now`, `Request.set_key` and `set_value`, `change`,
+back, `reader.py` and `shard.py` do the rest. A `get` goes: `_find`, `_now`, `Request.set_key`, `Reader.read`, perhaps
+`Shard.promote`, `Request.value`. A `set` goes: `_put`, `_now`, `Request.set_key` and `set_value`, `_change`,
 `Shard.run_one`, `enter`, `perform_locked`, `put_locked` (evict, reserve blocks, write), `insert_locked` or
 `overwrite_locked`, `leave`.
 
 Another thread may close the cache in the midst of an operation, or move it to a new attachment because its files were
 unlinked. Who then waits for a lock of the old one gets CacheClosed, and has done nothing. Whoever catches that calls
-`_refresh`, which raises it again only if the cache was closed, and goes on where we are now: `steadily` is that for
-everything but reads, and the first attempt of `change`, which goes without for speed.
+`_refresh`, which raises it again only if the cache was closed, and goes on where we are now: `_steadily` is that for
+everything but reads, and the first attempt of `_change`, which goes without for speed.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ class Store:
         lock_timeout: float,
         clock: Callable[[], int] | None,
     ) -> None:
-        self.encode_value = encode
-        self.decode_value = decode
-        self.timeout_ns = int(lock_timeout * 1e9)
-        self.clock = clock
-        self.spare = Request()
-        self.attachment: Any = None
-        self.shards: list[Shard] = []
-        self.epoch = CLOSED
+        self._encode_value = encode
+        self._decode_value = decode
+        self._timeout_ns = int(lock_timeout * 1e9)
+        self._clock = clock
+        self._spare = Request()
+        self._attachment: Any = None
+        self._shards: list[Shard] = []
+        self._epoch = CLOSED
 
     def _process_epoch(self) -> int:
         """This process, as a number that a forked child does not have."""
@@ -129,30 +129,30 @@ class Store:
 
     def _adopt(self, attachment: Any, default_ttl_ns: int, epoch: int) -> None:
         """Work on this attachment from now on. `epoch` is that of before it was made: a signal handler may fork."""
-        self.attachment = attachment
-        self.shards = attachment.shards
-        self.member = attachment.member
-        self.shard_count = attachment.geometry.shards
-        self.max_entry = attachment.geometry.max_entry_bytes
-        self.default_ttl_ns = default_ttl_ns
-        self.epoch = epoch
-        self.next_check = self.read_clock() + CHECK_NS
+        self._attachment = attachment
+        self._shards = attachment.shards
+        self._member = attachment.member
+        self._shard_count = attachment.geometry.shards
+        self._max_entry = attachment.geometry.max_entry_bytes
+        self._default_ttl_ns = default_ttl_ns
+        self._epoch = epoch
+        self._next_check = self._read_clock() + CHECK_NS
 
     def _attached(self) -> Any:
         """The attachment, once forks and unlinked files have been seen to, as by every operation. Or CacheClosed."""
-        self.now()
-        attachment = self.attachment
+        self._now()
+        attachment = self._attachment
         while attachment is None:  # another thread closed it just now, or is moving us
             self._refresh()
-            attachment = self.attachment
+            attachment = self._attachment
         return attachment
 
     def _abandon(self, adrift: bool = False) -> None:
         """Work on nothing: every operation raises CacheClosed or, `adrift`, begins with another `_reattach`."""
-        self.epoch = ADRIFT if adrift else CLOSED
-        self.attachment = None
-        self.member = Member(memoryview(bytearray(64)).cast("Q"), None)  # for a thread that is in an operation
-        self.shards = []
+        self._epoch = ADRIFT if adrift else CLOSED
+        self._attachment = None
+        self._member = Member(memoryview(bytearray(64)).cast("Q"), None)  # for a thread that is in an operation
+        self._shards = []
 
     def _reattach(self, old: Any) -> None:
         raise NotImplementedError  # pragma: no cover - for a subclass to provide
@@ -162,54 +162,54 @@ class Store:
     @cython.embedsignature.format("clinic")  # so that `inspect` finds a signature all the same
     def get(self, key: object, default: Any = None) -> Any:
         """The value of `key`, or `default` if it is missing or expired. A stored None is a hit."""
-        request: Request = self.take()
-        if self.find(request, key, True):
-            default = request.value(self.decode_value)
-        self.give(request)
+        request: Request = self._take()
+        if self._find(request, key, True):
+            default = request.value(self._decode_value)
+        self._give(request)
         return default
 
     def gets(self, key: object, default: Any = None) -> tuple[Any, int | None]:
         """The value of `key` and its version for `cas`; `(default, None)` if it is missing."""
-        request: Request = self.take()
+        request: Request = self._take()
         answer: tuple[Any, int | None] = (default, None)
-        if self.find(request, key, True):
-            answer = (request.value(self.decode_value), request.version)
-        self.give(request)
+        if self._find(request, key, True):
+            answer = (request.value(self._decode_value), request.version)
+        self._give(request)
         return answer
 
     def get_many(self, keys: Iterable[object]) -> dict[Any, Any]:
         """The values of those of `keys` that are present."""
-        request: Request = self.take()
+        request: Request = self._take()
         found = {}
         for key in _several(keys):
-            if self.find(request, key, True):
-                found[key] = request.value(self.decode_value)
-        self.give(request)
+            if self._find(request, key, True):
+                found[key] = request.value(self._decode_value)
+        self._give(request)
         return found
 
     def __contains__(self, key: object) -> bool:
-        request: Request = self.take()
-        found: cython.bint = self.find(request, key, False) != 0
-        self.give(request)
+        request: Request = self._take()
+        found: cython.bint = self._find(request, key, False) != 0
+        self._give(request)
         return found
 
     def __getitem__(self, key: object) -> Any:
-        request: Request = self.take()
-        if not self.find(request, key, True):
-            self.give(request)
+        request: Request = self._take()
+        if not self._find(request, key, True):
+            self._give(request)
             raise KeyError(key)
-        value = request.value(self.decode_value)
-        self.give(request)
+        value = request.value(self._decode_value)
+        self._give(request)
         return value
 
     def ttl(self, key: object) -> float | None:
         """Seconds until `key` expires, None if it never does; raises KeyError if it is missing."""
-        request: Request = self.take()
-        if not self.find(request, key, False):
-            self.give(request)
+        request: Request = self._take()
+        if not self._find(request, key, False):
+            self._give(request)
             raise KeyError(key)
         left: float | None = (request.expiry - request.now) / 1e9 if request.expiry else None
-        self.give(request)
+        self._give(request)
         return left
 
     # --- writing ----------------------------------------------------------------------------------------------------
@@ -218,18 +218,18 @@ class Store:
 
         Raises SerializationError, KeyTooLarge, ValueTooLarge (what was stored before is kept), LockTimeout.
         """
-        self.put(OP_SET, key, value, ttl, 0)
+        self._put(OP_SET, key, value, ttl, 0)
 
     def __setitem__(self, key: object, value: object) -> None:
-        self.put(OP_SET, key, value, DEFAULT, 0)
+        self._put(OP_SET, key, value, DEFAULT, 0)
 
     def add(self, key: object, value: object, ttl: object = DEFAULT) -> bool:
         """Store `value` only if `key` is missing; whether it was stored."""
-        return self.put(OP_ADD, key, value, ttl, 0) == DONE
+        return self._put(OP_ADD, key, value, ttl, 0) == DONE
 
     def replace(self, key: object, value: object, ttl: object = DEFAULT) -> bool:
         """Store `value` only if `key` is present; whether it was stored."""
-        return self.put(OP_REPLACE, key, value, ttl, 0) == DONE
+        return self._put(OP_REPLACE, key, value, ttl, 0) == DONE
 
     def cas(self, key: object, value: object, version: Integer | None, ttl: object = DEFAULT) -> bool:
         """Store `value` only if the entry still has the version that `gets` gave; whether it was stored.
@@ -237,22 +237,22 @@ class Store:
         With the version None, which `gets` gives for a missing key, this is `add`.
         """
         if version is None:
-            return self.put(OP_ADD, key, value, ttl, 0) == DONE
+            return self._put(OP_ADD, key, value, ttl, 0) == DONE
         if type(version) is not int:
             raise TypeError(f"version is an int or None, as gets gives it, not {type(version).__name__} ({version!r})")
         if not 0 < version < 1 << 63:
             return False  # no entry has such a version
-        return self.put(OP_CAS, key, value, ttl, version) == DONE
+        return self._put(OP_CAS, key, value, ttl, version) == DONE
 
     def delete(self, key: object) -> bool:
         """Remove `key`; whether it was present."""
-        request: Request = self.take()
-        now: cython.ulonglong = self.now()
+        request: Request = self._take()
+        now: cython.ulonglong = self._now()
         request.set_key(key)
-        deleted: cython.bint = self.change(request, OP_DELETE, now) == DONE
+        deleted: cython.bint = self._change(request, OP_DELETE, now) == DONE
         if deleted:
-            self.member.count(C_DELETES, 1)
-        self.give(request)
+            self._member.count(C_DELETES, 1)
+        self._give(request)
         return deleted
 
     def __delitem__(self, key: object) -> None:
@@ -261,28 +261,28 @@ class Store:
 
     def pop(self, key: object, default: Any = DEFAULT) -> Any:
         """Remove `key` and return its value: exactly one of several callers gets it. KeyError without `default`."""
-        request: Request = self.take()
+        request: Request = self._take()
         now: cython.ulonglong
-        while self.find(request, key, True):
-            value = request.value(self.decode_value)
-            now = self.now()
-            if self.change(request, OP_DELETE_VERSION, now) == DONE:
-                self.member.count(C_DELETES, 1)
-                self.give(request)
+        while self._find(request, key, True):
+            value = request.value(self._decode_value)
+            now = self._now()
+            if self._change(request, OP_DELETE_VERSION, now) == DONE:
+                self._member.count(C_DELETES, 1)
+                self._give(request)
                 return value
-        self.give(request)
+        self._give(request)
         if default is DEFAULT:
             raise KeyError(key)
         return default
 
     def touch(self, key: object, ttl: object = DEFAULT) -> bool:
         """Give `key` a new time to live, counted from now; whether it was present. Its version becomes another."""
-        request: Request = self.take()
-        now: cython.ulonglong = self.now()
+        request: Request = self._take()
+        now: cython.ulonglong = self._now()
         request.set_key(key)
-        self.set_ttl(request, ttl, now)
-        touched: cython.bint = self.change(request, OP_TOUCH, now) == DONE
-        self.give(request)
+        self._set_ttl(request, ttl, now)
+        touched: cython.bint = self._change(request, OP_TOUCH, now) == DONE
+        self._give(request)
         return touched
 
     def incr(self, key: object, delta: Integer = 1, initial: Integer | None = None, ttl: object = DEFAULT) -> int:
@@ -291,32 +291,32 @@ class Store:
         A missing key is stored as `initial + delta` with `ttl`, or raises KeyError without `initial`. Raises TypeError
         if the value is no integer, OverflowError if value or sum does not fit 64 signed bits.
         """
-        request: Request = self.take()
-        now: cython.ulonglong = self.now()
+        request: Request = self._take()
+        now: cython.ulonglong = self._now()
         status: cython.int
         request.set_key(key)
-        self.set_ttl(request, ttl, now)
-        self.set_step(request, delta, initial)
-        status = self.change(request, OP_INCR, now)
+        self._set_ttl(request, ttl, now)
+        self._set_step(request, delta, initial)
+        status = self._change(request, OP_INCR, now)
         if status != DONE:
-            raise self.incr_error(key, status)
-        self.member.count(C_SETS, 1)
+            raise self._incr_error(key, status)
+        self._member.count(C_SETS, 1)
         number: cython.longlong = request.number
-        self.give(request)
+        self._give(request)
         return number
 
     def decr(self, key: object, delta: Integer = 1, initial: Integer | None = None, ttl: object = DEFAULT) -> int:
         """`incr` by `-delta`."""
         return self.incr(key, -_integer(delta, "delta"), initial, ttl)
 
-    def set_step(self, request: Request, delta: object, initial: object) -> int:
+    def _set_step(self, request: Request, delta: object, initial: object) -> int:
         """Fill in what `incr` adds, and to what if the key is missing."""
         request.number = _integer(delta, "delta")
         request.has_initial = initial is not None
         request.initial = 0 if initial is None else _integer(initial, "initial")
         return 0
 
-    def incr_error(self, key: object, status: int) -> Exception:
+    def _incr_error(self, key: object, status: int) -> Exception:
         """Why `incr` failed."""
         if status == NOT_A_NUMBER:
             return TypeError(f"the value of {key!r} is not an integer of 64 signed bits: incr and decr need one")
@@ -332,7 +332,7 @@ class Store:
         """
         keys = []
         requests = []
-        now: cython.ulonglong = self.now()
+        now: cython.ulonglong = self._now()
         request: Request
         if not hasattr(mapping, "items"):
             raise TypeError(f"set_many takes a mapping of keys to values, not {type(mapping).__name__}")
@@ -341,14 +341,14 @@ class Store:
             requests.append(self._prepare(OP_SET, key, value, ttl, now))
         self._run_all(requests, now)
         for key, request in zip(keys, requests, strict=True):
-            failure = self.failure(request.status)
+            failure = self._failure(request.status)
             if failure is not None:
                 raise _naming(key, failure)
 
     def delete_many(self, keys: Iterable[object]) -> int:
         """Remove the keys, taking each shard's lock once; how many were present."""
         requests = []
-        now: cython.ulonglong = self.now()
+        now: cython.ulonglong = self._now()
         deleted = 0
         request: Request
         for key in _several(keys):
@@ -369,33 +369,33 @@ class Store:
             request.make_room()
         if op == OP_INCR:
             delta, initial = value
-            self.set_step(request, delta, initial)
+            self._set_step(request, delta, initial)
         elif op <= OP_CAS:
             try:
-                request.set_value(value, self.encode_value)
+                request.set_value(value, self._encode_value)
             except (SerializationError, ValueTooLarge) as error:
                 raise _naming(key, error) from error
         if op <= OP_CAS or op == OP_TOUCH:
-            self.set_ttl(request, ttl, now)
+            self._set_ttl(request, ttl, now)
         return request
 
     def _run_all(self, requests: list[Request], now: int) -> None:
         """Perform and count prepared requests, in order within a shard, taking each shard's lock once."""
         request: Request
         try:
-            self.steadily(self._run_undone, requests, now)
+            self._steadily(self._run_undone, requests, now)
         finally:
             for request in requests:
-                self.count(request)
+                self._count(request)
 
     def _run_undone(self, requests: list[Request], now: int) -> None:
-        """Perform those of the requests that were not yet: none twice, however often `steadily` begins again."""
+        """Perform those of the requests that were not yet: none twice, however often `_steadily` begins again."""
         request: Request
         shard: Shard
         groups: dict[int, list[Request]] = {}
-        if process_epoch() != self.epoch:
+        if process_epoch() != self._epoch:
             self._refresh()  # the serializer or a signal handler forked, and this is the child
-        shards = self.here()
+        shards = self._here()
         for request in requests:
             if request.status >= UNDONE:
                 shard = shard_of(request, shards)
@@ -405,19 +405,19 @@ class Store:
             shard = shards[number]
             done = 0
             while done < len(group):
-                done = shard.run(group, done, now, self.timeout_ns)
+                done = shard.run(group, done, now, self._timeout_ns)
                 if done < len(group):
-                    self.make_way(group[done], shards, now)
+                    self._make_way(group[done], shards, now)
 
-    def count(self, request: Request) -> None:
+    def _count(self, request: Request) -> None:
         """Count a request that was performed."""
         if request.op == OP_READ and (request.status == DONE or request.status == ABSENT):
-            self.member.count(C_HITS if request.status == DONE else C_MISSES, 1)
+            self._member.count(C_HITS if request.status == DONE else C_MISSES, 1)
         elif request.status == DONE:
             if request.op == OP_DELETE:
-                self.member.count(C_DELETES, 1)
+                self._member.count(C_DELETES, 1)
             elif request.op <= OP_CAS:
-                self.member.count(C_SETS, 1)
+                self._member.count(C_SETS, 1)
 
     def _perform(self, operations: list[tuple[int, object, object, object]]) -> list[tuple[int, Any]]:
         """Perform (op, key, value, ttl) each, in order within a shard: status and result, or an exception as result.
@@ -425,7 +425,7 @@ class Store:
         OP_READ gives the value. OP_INCR has (delta, initial) as its value, and gives the sum. What stops the group half
         way, such as LockTimeout, is the result of every operation that was not performed.
         """
-        now: cython.ulonglong = self.now()
+        now: cython.ulonglong = self._now()
         requests = [self._prepare(op, key, value, ttl, now) for op, key, value, ttl in operations]
         outcomes: list[tuple[int, Any]] = []
         stopped: Exception | None = None
@@ -442,39 +442,39 @@ class Store:
         if request.status >= UNDONE:
             return request.status, stopped
         if request.status >= CORRUPT:
-            return request.status, self.failure(request.status)
+            return request.status, self._failure(request.status)
         if request.op == OP_INCR:
-            return request.status, (request.number if request.status == DONE else self.incr_error(key, request.status))
+            return request.status, (request.number if request.status == DONE else self._incr_error(key, request.status))
         if request.op == OP_READ and request.status == DONE:
             try:
-                return DONE, request.value(self.decode_value)
+                return DONE, request.value(self._decode_value)
             except SerializationError as error:
                 return DONE, error
         return request.status, None
 
     def clear(self) -> None:
         """Remove every entry. Each shard is emptied as a whole, one after the other."""
-        self.steadily(self._run_everywhere, OP_CLEAR)
+        self._steadily(self._run_everywhere, OP_CLEAR)
 
     def purge(self) -> int:
         """Remove every expired entry now; how many there were. (Expired entries are never seen; this frees memory.)"""
-        return self.steadily(self._run_everywhere, OP_PURGE)
+        return self._steadily(self._run_everywhere, OP_PURGE)
 
     def _run_everywhere(self, op: int) -> int:
         """Perform an operation on every shard; how many entries it removed, if it counts them."""
-        now: cython.ulonglong = self.now()
-        request: Request = self.take()
+        now: cython.ulonglong = self._now()
+        request: Request = self._take()
         removed: cython.longlong = 0
         shard: Shard
         request.op = op
         request.number = 0
-        for shard in self.here():
+        for shard in self._here():
             request.status = BUSY
             while request.status == BUSY:  # in batches, so that others get the lock
-                shard.run_one(request, now, self.timeout_ns)
-                self.raise_for(request.status)
+                shard.run_one(request, now, self._timeout_ns)
+                self._raise_for(request.status)
                 removed += request.number
-        self.give(request)
+        self._give(request)
         return removed
 
     # --- looking around ---------------------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ class Store:
         self.purge()
         total: cython.ulonglong = 0
         shard: Shard
-        for shard in self.here():
+        for shard in self._here():
             total += min(load(shard.words, shard.header + S_ENTRIES), shard.slots)
         return total
 
@@ -493,11 +493,11 @@ class Store:
         An entry that is there all the while is in the answer exactly once, one that comes or goes perhaps; a key that
         is deleted and stored again may be seen as both. The second of a pair is the value, or None without `values`.
         """
-        now: cython.ulonglong = self.now()
-        request: Request = self.take()
+        now: cython.ulonglong = self._now()
+        request: Request = self._take()
         entries: list[tuple[Any, Any]] = []
         place: cython.ulonglong = position
-        shards = self.here()
+        shards = self._here()
         shard: Shard = shards[0]
         slots: cython.ulonglong = shard.slots
         total: cython.ulonglong = slots * len(shards)
@@ -515,87 +515,87 @@ class Store:
                     status = BUSY
                 tries += 1
             if status == BUSY:  # somebody is changing this entry, or died while doing so
-                status = self.read_locked(request, shard, OP_READ_SLOT, now)
-            self.raise_for(status)
+                status = self._read_locked(request, shard, OP_READ_SLOT, now)
+            self._raise_for(status)
             if status == DONE:
                 key = request.found_key()
                 if values:
                     copy(request.scratch, 0, request.scratch, request.key_size, request.value_size)
-                    entries.append((key, request.value(self.decode_value)))
+                    entries.append((key, request.value(self._decode_value)))
                 else:
                     entries.append((key, None))
             place += 1
-        self.give(request)
+        self._give(request)
         return entries, (place if place < total else None)
 
     def _describe(self, key: object) -> tuple[int, int, int, int, int] | None:
         """(version, ns left or 0, key bytes, value bytes, shard), without counting a hit."""
-        now: cython.ulonglong = self.now()
-        request: Request = self.take()
+        now: cython.ulonglong = self._now()
+        request: Request = self._take()
         request.wants_value = False
         request.set_key(key)
-        shard: Shard = shard_of(request, self.here())
+        shard: Shard = shard_of(request, self._here())
         status: cython.int = shard.reader.read(request, now)
         answer = None
         if status == BUSY:
-            status = self.read_locked(request, shard, OP_READ, now)
-        self.raise_for(status)
+            status = self._read_locked(request, shard, OP_READ, now)
+        self._raise_for(status)
         if status == DONE:
             left = request.expiry - now if request.expiry else 0
             answer = (request.version, left, request.key_size, request.value_size, shard.number)
-        self.give(request)
+        self._give(request)
         return answer
 
     def _inspect_all(self, rebuild: bool) -> list[str]:
-        self.now()
-        return self._inspect(self.here(), rebuild)
+        self._now()
+        return self._inspect(self._here(), rebuild)
 
     def _inspect(self, shards: list[Shard], rebuild: bool) -> list[str]:
         """What `repair.py` says of these shards."""
-        now: cython.ulonglong = self.now()
+        now: cython.ulonglong = self._now()
         shard: Shard
         said = []
         for shard in shards:
-            for text in shard.inspect(rebuild, now, self.timeout_ns):
+            for text in shard.inspect(rebuild, now, self._timeout_ns):
                 said.append(f"shard {shard.number}: {text}")
         return said
 
     # --- the way of an operation ------------------------------------------------------------------------------------
-    def now(self) -> int:
+    def _now(self) -> int:
         """The time, ns; and at most every quarter of a second, whether all is still as it was."""
-        now: cython.ulonglong = now_ns() if self.clock is None else self.clock()
-        if process_epoch() != self.epoch or now >= self.next_check:
+        now: cython.ulonglong = now_ns() if self._clock is None else self._clock()
+        if process_epoch() != self._epoch or now >= self._next_check:
             self._refresh()
         return now
 
-    def read_clock(self) -> int:
-        return now_ns() if self.clock is None else self.clock()
+    def _read_clock(self) -> int:
+        return now_ns() if self._clock is None else self._clock()
 
     def _refresh(self) -> None:
         """See to it that we are attached: to new files if these were unlinked, with a line of our own if we lack one.
 
         Raises CacheClosed if the cache was closed.
         """
-        if self.epoch == CLOSED:
+        if self._epoch == CLOSED:
             raise self._closed_error()
         epoch: cython.ulonglong = process_epoch()
-        attachment = self.attachment
+        attachment = self._attachment
         current = attachment is not None and attachment.is_current()  # lets other threads run
-        if self.epoch == CLOSED:
+        if self._epoch == CLOSED:
             raise self._closed_error()
         try:
-            if not current or self.attachment is not attachment:
+            if not current or self._attachment is not attachment:
                 self._reattach(attachment)
             else:
-                attachment.member.join(self.timeout_ns / 1e9)
-                self.epoch = epoch
+                attachment.member.join(self._timeout_ns / 1e9)
+                self._epoch = epoch
         except CacheClosed:
-            if self.attachment is attachment:
+            if self._attachment is attachment:
                 raise
             # Another thread moved us while this one waited, or closed the cache: whoever goes on will see.
-        self.next_check = self.read_clock() + CHECK_NS
+        self._next_check = self._read_clock() + CHECK_NS
 
-    def steadily(self, work: Callable[..., Result], *arguments: Any) -> Result:
+    def _steadily(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Do `work`, which must do nothing twice; again if another thread moved us to a new attachment meanwhile."""
         while True:
             try:
@@ -603,51 +603,51 @@ class Store:
             except CacheClosed:
                 self._refresh()
 
-    def here(self) -> list[Shard]:
+    def _here(self) -> list[Shard]:
         """The shards to work on. What depends on more than one of them asks once."""
-        shards = self.shards
+        shards = self._shards
         while not shards:
             self._refresh()  # waits for the thread that is just moving us
-            shards = self.shards
+            shards = self._shards
         return shards
 
-    def take(self) -> Request:
+    def _take(self) -> Request:
         """A request nobody else uses: another thread may run while this one waits for a lock."""
         if cython.compiled:
-            request = self.spare
+            request = self._spare
             if request.in_use:  # by another thread, or by an operation that raised
-                request = self.spare = Request()
+                request = self._spare = Request()
             request.in_use = True
             return request
         return Request()  # threads switch anywhere, so two might find the same one
 
-    def give(self, request: Request) -> None:
+    def _give(self, request: Request) -> None:
         request.release()
 
     def _closed_error(self) -> Exception:
         return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
 
-    def find(self, request: Request, key: object, wants_value: cython.bint) -> int:
+    def _find(self, request: Request, key: object, wants_value: cython.bint) -> int:
         """Look `key` up and count it: 1 with, if wanted, a copy of the value in the request, or 0."""
-        now: cython.ulonglong = self.now()
+        now: cython.ulonglong = self._now()
         request.now = now
         request.wants_value = wants_value
         request.set_key(key)
-        shards = self.shards or self.here()
+        shards = self._shards or self._here()
         shard: Shard = shard_of(request, shards)
         status: cython.int = shard.reader.read(request, now)
         if status == BUSY:
-            status = self.read_locked(request, shard, OP_READ, now)
+            status = self._read_locked(request, shard, OP_READ, now)
         if status == DONE:
             if shard.order.is_stale(request.slot):
                 shard.promote(request)
-            self.member.count(C_HITS, 1)
+            self._member.count(C_HITS, 1)
             return 1
-        self.raise_for(status)
-        self.member.count(C_MISSES, 1)
+        self._raise_for(status)
+        self._member.count(C_MISSES, 1)
         return 0
 
-    def read_locked(self, request: Request, shard: Shard, op: cython.int, now: cython.ulonglong) -> int:
+    def _read_locked(self, request: Request, shard: Shard, op: cython.int, now: cython.ulonglong) -> int:
         """Read as the owner of the lock. A holder that is stopped must not stop readers, so this soon gives up.
 
         A call that reads many entries gives a shard up once, and does not wait for it again.
@@ -674,39 +674,39 @@ class Store:
                 return BUSY  # unlinked while we waited: nothing is there
         return status
 
-    def put(self, op: cython.int, key: object, value: object, ttl: object, version: cython.ulonglong) -> int:
+    def _put(self, op: cython.int, key: object, value: object, ttl: object, version: cython.ulonglong) -> int:
         """Serialize and store; DONE, or why not."""
-        request: Request = self.take()
-        now: cython.ulonglong = self.now()
+        request: Request = self._take()
+        now: cython.ulonglong = self._now()
         status: cython.int
         request.set_key(key)
-        request.set_value(value, self.encode_value)
-        self.set_ttl(request, ttl, now)
+        request.set_value(value, self._encode_value)
+        self._set_ttl(request, ttl, now)
         request.version = version
-        status = self.change(request, op, now)
+        status = self._change(request, op, now)
         if status == DONE:
-            self.member.count(C_SETS, 1)
-        self.give(request)
+            self._member.count(C_SETS, 1)
+        self._give(request)
         return status
 
-    def change(self, request: Request, op: cython.int, now: cython.ulonglong) -> int:
+    def _change(self, request: Request, op: cython.int, now: cython.ulonglong) -> int:
         """Perform one writing operation; its status."""
         request.op = op
         request.refusals = 0
         request.status = UNDONE
-        if process_epoch() == self.epoch:
+        if process_epoch() == self._epoch:
             try:
-                shard: Shard = shard_of(request, self.shards or self.here())
-                shard.run_one(request, now, self.timeout_ns)
+                shard: Shard = shard_of(request, self._shards or self._here())
+                shard.run_one(request, now, self._timeout_ns)
             except CacheClosed:
                 self._refresh()
         if request.status >= UNDONE:
-            self.steadily(self._run_undone, [request], now)
+            self._steadily(self._run_undone, [request], now)
         if request.status >= CORRUPT:
-            self.raise_for(request.status)
+            self._raise_for(request.status)
         return request.status
 
-    def make_way(self, request: Request, shards: list[Shard], now: cython.ulonglong) -> int:
+    def _make_way(self, request: Request, shards: list[Shard], now: cython.ulonglong) -> int:
         """Do what a request needs that its shard, one of `shards`, cannot do with its lock held."""
         shard: Shard
         fullest: Shard = shards[0]
@@ -719,37 +719,37 @@ class Store:
                 fullest = shard
         eviction: Request = Request()
         eviction.op = OP_EVICT
-        if fullest.run_one(eviction, now, self.timeout_ns) != DONE:
+        if fullest.run_one(eviction, now, self._timeout_ns) != DONE:
             # Others may have emptied it meanwhile, but not a hundred times in a row.
             request.refusals += 1
             if request.refusals > 100:
-                return self.raise_for(CORRUPT)
+                return self._raise_for(CORRUPT)
         return 0
 
-    def raise_for(self, status: cython.int) -> int:
+    def _raise_for(self, status: cython.int) -> int:
         """Raise what a status means if it is a failure."""
-        failure = self.failure(status)
+        failure = self._failure(status)
         if failure is not None:
             raise failure
         return 0
 
-    def failure(self, status: cython.int) -> Exception | None:
+    def _failure(self, status: cython.int) -> Exception | None:
         """The exception for a status that is a failure."""
         if status == TOO_LARGE:
             return ValueTooLarge(
-                f"the key and its value take more than the {self.max_entry:,} bytes that one of the "
-                f"{self.shard_count} shard(s) holds; the value stored before, if any, is kept. Create the cache with a "
-                f"larger max_bytes or fewer shards"
+                f"the key and its value take more than the {self._max_entry:,} bytes that one of the "
+                f"{self._shard_count} shard(s) holds; the value stored before, if any, is kept. Create the cache with "
+                f"a larger max_bytes or fewer shards"
             )
         if status == CORRUPT:
             return contradiction()
         return None
 
-    def set_ttl(self, request: Request, ttl: object, now: cython.ulonglong) -> int:
+    def _set_ttl(self, request: Request, ttl: object, now: cython.ulonglong) -> int:
         """Fill in when the entry expires."""
         span: cython.ulonglong
         if ttl is DEFAULT:
-            span = self.default_ttl_ns
+            span = self._default_ttl_ns
         elif ttl is None:
             span = 0
         else:

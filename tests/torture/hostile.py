@@ -92,9 +92,9 @@ class Liar:
     )
 
     def __init__(self, cache: Cache, rng: random.Random, live: int) -> None:
-        self.words: memoryview = cache.attachment.words
-        self.data: memoryview = cache.attachment.data
-        self.geometry = cache.attachment.geometry
+        self.words: memoryview = cache._attachment.words
+        self.data: memoryview = cache._attachment.data
+        self.geometry = cache._attachment.geometry
         self.rng = rng
         self.live = live
         self.count = 0
@@ -583,8 +583,8 @@ def fill(cache: Cache, user: User) -> None:
 
 def owner_of(cache: Cache) -> int:
     """The id that a lock which this process holds would have."""
-    line = cache.attachment.registry.own_line
-    return int(line << 48 | cache.attachment.words[cache.attachment.registry.line(line)])
+    line = cache._attachment.registry.own_line
+    return int(line << 48 | cache._attachment.words[cache._attachment.registry.line(line)])
 
 
 class Batch:
@@ -603,7 +603,7 @@ class Batch:
         self.liar = Liar(self.cache, self.rng, live)
         fill(self.cache, self.user)
         assert self.cache.check() == []
-        self.image = bytes(self.cache.attachment.data)
+        self.image = bytes(self.cache._attachment.data)
         self.image_time = self.clock.now
         self.image_values = {key: list(values) for key, values in self.user.has_had.items()}
         self.table_end = (layout.HEADER_WORDS + self.liar.geometry.processes * layout.PROCESS_WORDS) * 8
@@ -683,9 +683,9 @@ def some_kinds(rng: random.Random) -> tuple[str, ...]:
 
 
 def free_locks(cache: Cache) -> None:
-    geometry = cache.attachment.geometry
+    geometry = cache._attachment.geometry
     for shard in range(geometry.shards):
-        cache.attachment.words[geometry.region(shard).header + layout.S_LOCK] = 0
+        cache._attachment.words[geometry.region(shard).header + layout.S_LOCK] = 0
 
 
 def in_batch(name: str, live: int, seed: str, board: Board) -> None:
@@ -740,8 +740,8 @@ def storm(trial: Trial, family: Family, number: int) -> None:
     with trial.cache(**CACHES[number % 2], clock=(clock := Clock(monotonic()))) as cache:
         user = User(cache, trial.rng, Board(), clock)
         fill(cache, user)
-        table_end = (layout.HEADER_WORDS + cache.attachment.geometry.processes * layout.PROCESS_WORDS) * 8
-        image = bytes(cache.attachment.data[:table_end])
+        table_end = (layout.HEADER_WORDS + cache._attachment.geometry.processes * layout.PROCESS_WORDS) * 8
+        image = bytes(cache._attachment.data[:table_end])
         boards = [Board() for _ in range(3)]
         timeout = LOCK_TIMEOUT if about_locks else 5.0
         seed = f"{trial.seed}-storm-{number}"
@@ -756,7 +756,7 @@ def storm(trial: Trial, family: Family, number: int) -> None:
         trial.count("mutations", boards[2].words[Board.LIES])
         trial.count("operations meanwhile", boards[0].words[Board.ROUNDS] + boards[1].words[Board.ROUNDS])
         clock.now = monotonic()
-        cache.attachment.data[:table_end] = image
+        cache._attachment.data[:table_end] = image
         free_locks(cache)
         try:
             user.demand_order()

@@ -25,7 +25,7 @@ Operation: TypeAlias = Callable[[Cache], object]
 # --- looking --------------------------------------------------------------------------------------------------------
 def contents(cache: Cache) -> Contents:
     """Every entry, the most recently used first, read without changing anything."""
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     slot = words[region.header + layout.S_ORDER] & 0xFFFF_FFFF
     found: Contents = []
     while slot:
@@ -48,8 +48,8 @@ class Image:
     """The shard as it is now, to put it back as often as need be."""
 
     def __init__(self, cache: Cache) -> None:
-        region = cache.attachment.geometry.region(0)
-        self._part = cache.attachment.data[region.header * 8 : region.end * 8]
+        region = cache._attachment.geometry.region(0)
+        self._part = cache._attachment.data[region.header * 8 : region.end * 8]
         self._bytes = bytes(self._part)
 
     def restore(self) -> None:
@@ -85,14 +85,14 @@ def fill(cache: Cache, keys: str = "abcd") -> Contents:
 
 
 def first_block(cache: Cache, key: str) -> int:
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     slot = max(slot for slot in range(SLOTS) if cache._scan(slot, 1, False)[0][:1] == [(key, None)])
     return int(words[region.slots + slot * layout.SLOT_WORDS + layout.E_PLACE] & 0xFFFF_FFFF) - 1
 
 
 def runs_of(cache: Cache, key: str) -> int:
     """How many pieces an entry lies in."""
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     run, count = first_block(cache, key) + 1, 0
     while run:
         run = words[region.blocks + (run - 1) * layout.BLOCK_WORDS] & 0xFFFF_FFFF
@@ -120,7 +120,7 @@ def outcome(cache: Cache, operation: Operation) -> Contents:
 
 def fragment(cache: Cache) -> Contents:
     """Leave free runs of one to four blocks between the entries, and no longer one."""
-    rest = cache.attachment.geometry.blocks - 1 - 2 - 3 - 4 - 3 * 1
+    rest = cache._attachment.geometry.blocks - 1 - 2 - 3 - 4 - 3 * 1
     for key, length in zip("1a2b3cz", (1, 1, 2, 1, 3, 1, rest + 4), strict=True):
         cache.set(key, filling(length, key))
     for key in "123":
@@ -194,7 +194,7 @@ def evict(cache: Cache, clock: Clock) -> Case:
 @case("insert that evicts several for their blocks")
 def evict_several(cache: Cache, clock: Clock) -> Case:
     before = fill(cache, "abcdef")
-    value = filling(cache.attachment.geometry.blocks - 4)
+    value = filling(cache._attachment.geometry.blocks - 4)
     steps = [before[:count] for count in range(len(before), 0, -1)]
     after = outcome(cache, lambda cache: cache.set("n", value))
     assert 1 < len(after) < len(before)
@@ -431,7 +431,7 @@ def repair_sound(cache: Cache, clock: Clock) -> Case:
 def repair_broken(cache: Cache, clock: Clock) -> Case:
     """The buckets, the eviction order and a key's bytes are overwritten; all but that entry can be proved."""
     before = fill(cache)
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     words[region.blocks + first_block(cache, "b") * layout.BLOCK_WORDS + 1] ^= 0xFF
     for slot in range(SLOTS):
         words[region.buckets + slot] = 0
@@ -444,7 +444,7 @@ def repair_broken(cache: Cache, clock: Clock) -> Case:
 def repair_versions(cache: Cache, clock: Clock) -> Case:
     """One version is odd, and the source of new ones has fallen behind them all."""
     before = fill(cache)
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     words[region.header + layout.S_STAMP] = 2
     words[region.slots + layout.E_VERSION] |= 1
     return Case(lambda cache: cache.repair(), [before], mend=lambda cache: cache.repair())
@@ -453,6 +453,6 @@ def repair_versions(cache: Cache, clock: Clock) -> Case:
 @case("recovery where limbo is no chain")
 def limbo_broken(cache: Cache, clock: Clock) -> Case:
     before = fill(cache)
-    words, region = cache.attachment.words, cache.attachment.geometry.region(0)
+    words, region = cache._attachment.words, cache._attachment.geometry.region(0)
     words[region.header + layout.S_LIMBO] = 1 << 30
     return Case(lambda cache: cache.delete("nothing"), [before])

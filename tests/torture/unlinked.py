@@ -138,7 +138,7 @@ def meet(board: Board, name: str) -> float:
 
 def place_of(cache: Cache) -> int:
     """The inode of the segment that a process uses."""
-    return os.fstat(cache.attachment.segment_fd).st_ino
+    return os.fstat(cache._attachment.segment_fd).st_ino
 
 
 def is_at(cache: Cache, place: int) -> bool:

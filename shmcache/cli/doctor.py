@@ -332,7 +332,7 @@ def cache(name: str) -> Iterator[Finding]:
 
 def locks(attached: Cache) -> Iterator[Finding]:
     """Who has held the lock of a shard all the while, without changing anything: stopped, it is a problem."""
-    attachment = attached.attachment
+    attachment = attached._attachment
     words, geometry = attachment.words, attachment.geometry
 
     def held() -> set[tuple[int, int, int]]:
@@ -373,7 +373,7 @@ def locks(attached: Cache) -> Iterator[Finding]:
 
 def process_table(attached: Cache, stats: Stats) -> Iterator[Finding]:
     """How many places of the process table are taken, this process not counted."""
-    places: int = attached.attachment.geometry.processes
+    places: int = attached._attachment.geometry.processes
     others = _others(stats)
     found = f"{others:,} of {places:,} places for processes are taken"
     if others >= NEARLY_FULL * places:
