@@ -7,5 +7,6 @@ cdef class Lru:
     cdef void on_hit(self, unsigned long long slot) noexcept
     cdef void on_remove(self, unsigned long long slot) noexcept
     cdef unsigned long long victim(self) noexcept
+    cdef void tick(self) noexcept
     cdef void link_front(self, unsigned long long slot) noexcept
     cdef void unlink(self, unsigned long long slot) noexcept

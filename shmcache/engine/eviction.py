@@ -26,9 +26,10 @@ __all__ = ["Lru"]
 class Lru:
     """Least recently used first: a doubly linked list, the most recent at its head.
 
-    The shard's tick counts insertions and promotions, and a slot keeps the tick of its own last one, so the
-    difference bounds how far the entry has sunk. A hit moves its entry only when that is far enough: at once in a small
-    cache, whose order is exact, past an eighth of the list in a large one, where most hits then write nothing.
+    A slot keeps the tick at which it was last moved. In a small cache, whose order is exact, every move is a tick, and
+    a hit moves its entry at once. In a large one only insertions tick, and a hit moves its entry when as many as an
+    eighth of the slots have come since: nothing is evicted but for what comes, so time passes no faster than that. Of
+    the hits of a cache that misses rarely few write anything then, and none where nothing comes.
     """
 
     def __init__(self, words: memoryview, header: int, log: int, slots_at: int, slots: int) -> None:
@@ -40,16 +41,19 @@ class Lru:
         self.limit = 0 if slots <= EXACT_ORDER_SLOTS else slots >> LAZY_ORDER_SHIFT
 
     def on_insert(self, slot: cython.ulonglong) -> None:
+        self.tick()
         self.link_front(slot)
 
     def is_stale(self, slot: cython.ulonglong) -> bool:
-        """Whether a hit should move the slot, which was just read, to the front; may be asked without the lock."""
+        """Whether a hit moves the slot to the front; may be asked without the lock of one that was just read."""
         tick: cython.ulonglong = load(self.words, self.header + S_TICK)
         return low(wrap(tick - high(load(self.words, self.slots_at + slot * SLOT_WORDS + E_PLACE)))) > self.limit
 
     def on_hit(self, slot: cython.ulonglong) -> None:
-        if low(load(self.words, self.header + S_ORDER)) != slot + 1:
+        if self.is_stale(slot):
             self.unlink(slot)
+            if self.limit == 0:
+                self.tick()
             self.link_front(slot)
 
     def on_remove(self, slot: cython.ulonglong) -> None:
@@ -63,11 +67,15 @@ class Lru:
     def at(self, slot: cython.ulonglong) -> int:
         return record(self.slots_at, SLOT_WORDS, slot, self.slots)
 
+    def tick(self) -> None:
+        tick: cython.ulonglong = low(load(self.words, self.header + S_TICK) + 1)
+        logged_store(self.words, self.log, self.header + S_TICK, tick)
+
     def link_front(self, slot: cython.ulonglong) -> None:
         ends: cython.ulonglong = load(self.words, self.header + S_ORDER)  # tail in the upper half, head in the lower
         head: cython.ulonglong = low(ends)
         neighbour: cython.ulonglong
-        tick: cython.ulonglong = low(load(self.words, self.header + S_TICK) + 1)
+        tick: cython.ulonglong = low(load(self.words, self.header + S_TICK))
         logged_store(self.words, self.log, self.at(slot) + E_ORDER, pack(head, 0))
         if head:
             neighbour = self.at(head - 1) + E_ORDER
@@ -76,7 +84,6 @@ class Lru:
         else:
             ends = pack(slot + 1, slot + 1)
         logged_store(self.words, self.log, self.header + S_ORDER, ends)
-        logged_store(self.words, self.log, self.header + S_TICK, tick)
         place: cython.ulonglong = load(self.words, self.at(slot) + E_PLACE)
         logged_store(self.words, self.log, self.at(slot) + E_PLACE, with_high(place, tick))
 

@@ -86,7 +86,7 @@ S_LIMBO = 3  # first block + 1 of a chain that is neither free nor an entry's
 S_STATE = 4
 S_SEQUENCE = 8  # odd while a chain loses a slot
 S_STAMP = 9  # the last version given to a slot, always even
-S_TICK = 10  # insertions and promotions so far, modulo 2**32
+S_TICK = 10  # the time of the eviction order: `eviction.py` says what is a tick; modulo 2**32
 S_ORDER = 16  # head and tail of the eviction list
 S_FREE_SLOT = 17
 S_ENTRIES = 18
@@ -169,8 +169,8 @@ RUN_BATCH = 4096  # requests performed while the lock is held once, some millise
 PURGE_BATCH = 256  # entries removed while the lock is held once
 SWEEP = 4  # live entries of the timer wheel that each write looks at, and expired ones that it removes
 EVICTION_SWEEP = 256  # live entries of the wheel that an eviction looks at before it takes one of them
-EXACT_ORDER_SLOTS = 4096  # up to here every hit moves its entry to the front
-LAZY_ORDER_SHIFT = 3  # beyond, only one that has sunk past an eighth of the list
+EXACT_ORDER_SLOTS = 1024  # up to here every hit moves its entry to the front
+LAZY_ORDER_SHIFT = 3  # beyond, only when as many as an eighth of the slots were filled since its last move
 
 # --- what an operation is, and how it ended -------------------------------------------------------------------------
 OP_SET = 0
