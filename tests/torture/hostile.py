@@ -587,7 +587,7 @@ def owner_of(cache: Cache) -> int:
     return int(line << 48 | cache._attachment.words[cache._attachment.registry.line(line)])
 
 
-class Batch:
+class Siege:
     """Many rounds of damage, use and repair by one child, which alone uses the cache but for a process that sleeps."""
 
     def __init__(self, name: str, live: int, seed: str, board: Board) -> None:
@@ -688,8 +688,8 @@ def free_locks(cache: Cache) -> None:
         cache._attachment.words[geometry.region(shard).header + layout.S_LOCK] = 0
 
 
-def in_batch(name: str, live: int, seed: str, board: Board) -> None:
-    Batch(name, live, seed, board).run()
+def besiege(name: str, live: int, seed: str, board: Board) -> None:
+    Siege(name, live, seed, board).run()
 
 
 # --- damage meanwhile -----------------------------------------------------------------------------------------------
@@ -788,7 +788,7 @@ def rounds(trial: Trial) -> Iterator[None]:
         for number in itertools.count():
             with trial.cache(**CACHES[number % 2]) as cache, Family() as family:
                 board, seed = Board(), f"{trial.seed}-{number}"
-                child = family.fork(in_batch, cache.name, owner_of(cache), seed, board)
+                child = family.fork(besiege, cache.name, owner_of(cache), seed, board)
                 while not watch([child], [board], seed):
                     storm(trial, family, next(storms))
                 trial.count("mutations", board.words[Board.LIES])

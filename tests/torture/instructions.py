@@ -23,7 +23,7 @@ from tests.torture.situations import CASES, Case, Image, Operation, contents, ju
 
 TRACEME, SINGLESTEP = 0, 9  # <sys/ptrace.h>
 RECOVERIES = 2  # of each operation, taken apart themselves
-STRIDE = 15  # of the states of an operation, a short run judges every so manieth: an odd number, see `judge_each`
+STRIDE = 15  # of the states of an operation, a short run judges every n-th: an odd number, see `judge_each`
 
 _ptrace = ctypes.CDLL(None, use_errno=True).ptrace
 _ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
