@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import pytest
 
 from shmcache import Cache, CacheNotFound, CorruptSegment, TooManyProcesses, attachment, is_compiled, segment
 from shmcache.engine import layout
+from shmcache.engine.membership import Registry
 from tests.processes import DEADLINE, WAYS_TO_LEAVE, Child, Family, Gate, files, no_gc, read, run_python, until
+from tests.torture import faults
 
 SMALL = 256 * 1024
 
@@ -137,6 +140,92 @@ def test_the_creator_dies_before_this_step(name: str, function: str, call: int) 
             other = family.python()
             assert other.ask(f"Cache({name!r}).get('key')") == "value"
             assert other.finish() == (0, "")
+
+
+def dies_taking_a_place(name: str, last: int) -> bool:
+    """Attach in a child, creating the cache if need be, that dies before its store number `last` of taking a line of
+    the process table; whether it came to that store.
+    """
+
+    def work() -> None:
+        take = Registry._take_line
+
+        def take_line(registry: Registry) -> None:
+            faults.arm(last)
+            take(registry)
+            os._exit(0)
+
+        setattr(Registry, "_take_line", take_line)  # noqa: B010
+        Cache(name, max_bytes=SMALL)
+
+    code = Child(work).wait()
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def counts(cache: Cache) -> list[float]:
+    """All that processes count, in total."""
+    stats = cache.stats()
+    return [
+        *(stats.hits, stats.misses, stats.sets, stats.deletes),
+        *(stats.recoveries, stats.lock_waits, stats.lock_wait_seconds, stats.read_retries),
+    ]
+
+
+@pytest.mark.skipif(is_compiled(), reason="steps through the sources")
+def test_the_creator_dies_at_each_store_of_taking_its_place(name: str) -> None:
+    for last in itertools.count(1):
+        died = dies_taking_a_place(name, last)
+        with Cache.attach(name) as cache:
+            assert counts(cache) == [0] * 8
+            assert cache.stats().processes == 1
+            cache.set("key", "value")
+            assert cache.get("key") == "value"
+            assert cache.check() == []
+        segment.unlink(name)
+        if not died:
+            break
+    assert last > 4, "generation, time and pid at least are stored, and some counters"
+
+
+@pytest.mark.skipif(is_compiled(), reason="steps through the sources")
+@pytest.mark.parametrize(
+    "exact", [False, pytest.param(True, marks=pytest.mark.xfail(strict=False, reason="a counter may count twice"))]
+)
+def test_a_process_dies_at_each_store_of_taking_the_place_of_a_dead_one(
+    make_cache: Callable[..., Cache], exact: bool
+) -> None:
+    """It makes what the dead one has counted part of the totals, and each may only be there once."""
+    cache = make_cache(max_bytes=SMALL)
+    registry = cache._attachment.registry
+    counters = registry.line(1) + layout.P_COUNTERS  # the first place that is free
+
+    def count_and_die() -> None:
+        with Cache(cache.name) as own:
+            assert own._attachment.registry.own_line == 1
+            own._attachment.words[counters : counters + 8] = array("Q", range(11, 19))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for line in range(2, registry.processes):  # as if a process had died in each: an empty one would be taken first
+        cache._attachment.words[registry.line(line) + layout.P_PID] = 1
+    for last in itertools.count(1):
+        cache._attachment.words[registry.line(1) + layout.P_PID] = 0
+        assert Child(count_and_die).wait() == -signal.SIGKILL
+        expected = counts(cache)
+        died = dies_taking_a_place(cache.name, last)
+        if exact:
+            assert counts(cache) == expected, f"dead before store {last}"
+        with Family() as family:  # one more takes that place, and the remains of what was counted
+            assert family.fork(lambda: Cache(cache.name).close()).wait() == 0
+        if exact:
+            assert counts(cache) == expected, f"dead before store {last}, and another one has come"
+        assert cache.stats().processes == 1
+        cache.set("key", last)
+        assert cache.get("key") == last
+        assert cache.check() == []
+        if not died:
+            break
+    assert last > 4
 
 
 # --- every way to start a process -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "keys.TuplePacker.add": "memory of this process alone",
     "message.Message.put_body": "memory of this process alone",
     "membership.Member.count": "a statistic in this process's own line",
-    "membership.Registry._take_line": "under the setup lock: tests/test_processes.py kills a creator at each of them",
+    "membership.Registry._take_line": "under the setup lock: tests/test_processes.py kills a process at each of them",
     "membership.Registry.take_leave": "the last store of a process that detaches",
     "shard.Shard.format": "at creation, before anybody can attach",
 }
@@ -181,7 +181,7 @@ RECOVERIES = {
 
 
 def rounds(trial: Trial) -> Iterator[None]:
-    """A round is one death. When not all of them can be had, every so manieth store, beginning anywhere."""
+    """A round is one death. When not all of them can be had, every n-th store, beginning anywhere."""
     lock.PROBE_NS = 0  # ask the kernel about a silent owner at once: there are thousands of them
     # An odd number, so that both ways of looking at what a death left are taken.
     stride = 1 if trial.goal is None else DEATHS // trial.goal | 1
