@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from shmcache import is_compiled
-from tests.torture.campaign import NAMES, ROOT, Result, load, percentile, run
+from tests.torture.campaign import NAMES, ROOT, Result, figures, load, run
 
 
 def describe(result: Result) -> str:
@@ -40,8 +40,7 @@ def durations(results: list[Result]) -> Table:
     for heading in ("number", "p50", "p99", "longest"):
         shown.add_column(heading, justify="right")
     for what, samples in sorted(sample for result in results for sample in result.samples.items()):
-        figures = (f"{1e3 * percentile(samples, share):.2f}" for share in (0.5, 0.99, 1))
-        shown.add_row(what, f"{len(samples):,}", *figures)
+        shown.add_row(what, f"{len(samples):,}", *figures(samples))
     return shown
 
 
@@ -109,8 +108,8 @@ def main(minutes: float, seed: int | None, only: tuple[str, ...], report: Path |
     if report is not None:
         chosen = "".join(f" --only {name}" for name in only)
         command = f"python -m tests.torture --for {minutes:g} --seed {seed}{chosen}"
-        figures = {"command": command, **circumstances(), "parts": [vars(each) for each in results]}
-        report.write_text(json.dumps(figures))
+        everything = {"command": command, **circumstances(), "parts": [vars(each) for each in results]}
+        report.write_text(json.dumps(everything))
     sys.exit(1 if any(result.failures for result in results) else 0)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 import select
@@ -109,8 +110,14 @@ class Result:
 
 
 def percentile(samples: list[float], share: float) -> float:
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+    """The smallest sample that this share of them (above 0, to 1) does not exceed."""
+    return sorted(samples)[math.ceil(len(samples) * share) - 1]
+
+
+def figures(samples: list[float]) -> tuple[str, str, str]:
+    """p50, p99 and the longest in ms, as they are shown; of fewer than 100 the p99 would be the longest: none."""
+    p50, p99, longest = (f"{1e3 * percentile(samples, share):.2f}" for share in (0.5, 0.99, 1))
+    return p50, p99 if len(samples) >= 100 else "–", longest  # noqa: RUF001
 
 
 def load(name: str) -> Part:

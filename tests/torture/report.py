@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from tests.torture.campaign import NAMES, ROOT, load, percentile
+from tests.torture.campaign import NAMES, ROOT, figures, load
 
 PAGE = ROOT / "docs" / "reliability.md"
 README = ROOT / "README.md"
@@ -29,7 +29,8 @@ HEADLINES = {
     "instructions": "**{states left by a death}** states that a death between two machine instructions leaves",
     "double_deaths": "**{double deaths}** times the next process died while it recovered what the first had left",
     "interrupts": "**{interrupts}** signal handlers that raised in the middle of an operation",
-    "torn_reads": "**{reads}** reads of values that others were writing at that moment",
+    "torn_reads": "**{reads}** reads beside writers at full speed, {reads that met a writer in the midst} of which "
+    "met one in the midst of its change",
 }
 
 
@@ -52,8 +53,7 @@ def durations(run: dict[str, Any]) -> str:
     lines = ["| What | Number | p50, ms | p99, ms | longest, ms |", "|---|---:|---:|---:|---:|"]
     for part in run["parts"]:
         for what, samples in sorted(part["samples"].items()):
-            p50, p99, longest = (1e3 * percentile(samples, share) for share in (0.5, 0.99, 1))
-            lines.append(f"| {what} | {len(samples):,} | {p50:.2f} | {p99:.2f} | {longest:.2f} |")
+            lines.append(f"| {what} | {len(samples):,} | {' | '.join(figures(samples))} |")
     return "\n".join(lines)
 
 
