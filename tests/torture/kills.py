@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shmcache import Cache, is_compiled, segment
@@ -31,6 +32,7 @@ KEYS = 24  # of each worker
 COUNTERS = 4  # how many of these are numbers for `incr`
 LARGEST = 64 * 1024 if COMPILED else 4096
 LONGEST_STALL = 1.0  # seconds, always: the aims are smaller, and are seen in the figures
+HANGS = 10.0  # seconds after which a worker's operation will not end any more, whatever else the machine has to do
 CALM = 20  # looks at each storm's workers before the first death
 CALM_WINDOW = 0.01  # seconds, about what there is between two deaths
 AFTERMATH = 0.1  # seconds after a look at a large cache until all that waited for it have done so
@@ -150,13 +152,14 @@ class Worker:
             self.sequence += 1
             steps, operation, expected = self.choose(self.rng.randrange(20))
             ledger.intend(number, *steps)
-            answer = self.timed(operation)
+            # A burst times each of its operations.
+            answer = operation() if operation == self.in_a_burst else self.timed(operation)
             ledger.acknowledge(number, steps[-1])
             assert answer == expected, f"{operation} of worker {number}: {answer!r:.200}, expected {expected!r:.200}"
             ledger.put(number, ledger.DONE, ledger.word(number, ledger.DONE) + 1)
 
             other, key = self.rng.randrange(WORKERS), self.rng.randrange(KEYS)
-            found = self.cache.get(key_name(other, key), GONE)
+            found = self.timed(partial(self.cache.get, key_name(other, key), GONE))
             assert found is GONE or is_sound(other, key, found), f"{key_name(other, key)}: {found!r:.200}"
 
     def timed(self, operation: Callable[[], object]) -> object:
@@ -256,7 +259,7 @@ def crowd(cache: Cache, ledger: Ledger, worker: int, seed: str) -> None:
         else:
             for _ in range(4 if COMPILED else 1):
                 ledger.stalls.timed(worker, lambda: cache.set_many(burst))
-        found = cache.get(key_name(0, key), GONE)
+        found = ledger.stalls.timed(worker, partial(cache.get, key_name(0, key), GONE))
         assert found is GONE or is_sound(0, key, found), f"{key_name(0, key)}: {found!r:.200}"
 
 
@@ -347,7 +350,6 @@ def rounds(trial: Trial) -> Iterator[None]:
                     )
                 run = evicting if storm.name == "evicting" else keeping
                 yield from run(trial, storm, cache, f"{trial.seed}-{number}")
-                trial.count("deaths of lock holders", cache.stats().recoveries)
 
 
 def keeping(trial: Trial, storm: Storm, cache: Cache, seed: str) -> Iterator[None]:
@@ -367,8 +369,11 @@ def keeping(trial: Trial, storm: Storm, cache: Cache, seed: str) -> Iterator[Non
                 ledger.settle(victim, key, value_after_death(cache, ledger, victim, key))
             ledger.put(victim, ledger.INTENDED, 0)
             workers[victim] = family.fork(work, cache, ledger, victim, f"{seed}-{victim}-{number}")
-            yield
-        end(ledger, workers)
+            try:
+                yield
+            except GeneratorExit:
+                break  # the time is over: what the storm came to is looked at all the same
+        end(cache, ledger, workers)
     for worker in range(WORKERS):
         assert not ledger.intents(worker)
         for key in range(KEYS):
@@ -396,8 +401,11 @@ def evicting(trial: Trial, storm: Storm, cache: Cache, seed: str) -> Iterator[No
             check(trial, storm, cache, ledger)
             assert len(cache) <= storm.options["max_entries"]
             workers[victim] = family.fork(crowd, cache, ledger, victim, f"{seed}-{victim}-{number}")
-            yield
-        end(ledger, workers)
+            try:
+                yield
+            except GeneratorExit:
+                break  # as above
+        end(cache, ledger, workers)
     for name, value in cache.items():
         assert name.startswith("survivor") or is_sound(0, int(name.rpartition(" ")[2]), value)
 
@@ -419,10 +427,21 @@ def strike(trial: Trial, storm: Storm, cache: Cache, per_shard: list[str], ledge
     assert recovered - struck < LONGEST_STALL
     trial.count("kills")
     if cache.stats().recoveries > before:
+        trial.count("deaths of lock holders")
         trial.measure(f"end of a killed holder, {storm.name}", dead - struck)
         trial.measure(f"recovery, {storm.name}", recovered - dead)
     measure_stalls(trial, storm, ledger, "of the others", victim)
+    ledger.stalls.forget(victim)
+    for worker in set(range(WORKERS)) - {victim}:
+        demand_life(ledger, workers[worker], worker)
     return victim
+
+
+def demand_life(ledger: Ledger, child: Child, worker: int) -> None:
+    """Fail if a worker has ended, or its operation does not end."""
+    child.poll()
+    so_far = ledger.stalls.so_far(worker) / 1e9
+    assert so_far < HANGS, f"worker {worker}, process {child.pid}, hangs: {so_far:.1f} s in one operation"
 
 
 def measure_stalls(trial: Trial, storm: Storm, ledger: Ledger, when: str, victim: int | None = None) -> None:
@@ -449,10 +468,12 @@ def check(trial: Trial, storm: Storm, cache: Cache, ledger: Ledger) -> None:
         measure_stalls(trial, storm, ledger, "beside check()")
 
 
-def end(ledger: Ledger, workers: list[Child]) -> None:
+def end(cache: Cache, ledger: Ledger, workers: list[Child]) -> None:
+    """Let all workers end, which each does after an operation, and compare everything for the last time."""
     for worker in range(WORKERS):
         ledger.put(worker, ledger.STOP, 1)
-    assert [worker.wait() for worker in workers] == [0] * WORKERS
+    assert [worker.wait(HANGS) for worker in workers] == [0] * WORKERS
+    assert cache.check() == []
 
 
 PART = Part(

@@ -24,31 +24,45 @@ class Longest:
 
 
 class Stalls:
-    """Two words for each worker, in memory that outlives it: its longest operation, and the longest but for cores."""
+    """Three words for each worker, in memory that outlives it.
+
+    Its longest operation, the longest but for cores, and when the one that is under way began (0: none is).
+    """
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.memory = memoryview(mmap.mmap(-1, 2 * workers * 8)).cast("Q")
+        self.memory = memoryview(mmap.mmap(-1, 3 * workers * 8)).cast("Q")
+        self.of = [self.memory[3 * worker : 3 * worker + 3] for worker in range(workers)]
 
     def timed(self, worker: int, operation: Callable[[], object]) -> object:
         """Do it, and keep how long it took if no other took longer."""
+        words = self.of[worker]
         waited = ns_without_a_core()
-        began = time.perf_counter_ns()
+        words[2] = began = time.perf_counter_ns()
         answer = operation()
         took = time.perf_counter_ns() - began
-        self.memory[2 * worker] = max(took, self.memory[2 * worker])
-        if took > self.memory[2 * worker + 1]:  # asking costs more than most operations
+        words[2] = 0
+        words[0] = max(took, words[0])
+        if took > words[1]:  # asking costs more than most operations
             own = max(0, took - (ns_without_a_core() - waited))
-            self.memory[2 * worker + 1] = max(own, self.memory[2 * worker + 1])
+            words[1] = max(own, words[1])
         return answer
 
+    def so_far(self, worker: int) -> int:
+        """How long its operation that is under way has taken, ns; 0 if there is none."""
+        began = self.of[worker][2]
+        return time.perf_counter_ns() - began if began else 0
+
+    def forget(self, worker: int) -> None:
+        """It is dead, and what it was doing is not its successor's."""
+        self.of[worker][:] = memoryview(bytes(24)).cast("Q")
+
     def take(self, victim: int | None = None) -> Longest:
-        """The longest of all workers but the victim; the next look begins anew."""
-        others = [worker for worker in range(self.workers) if worker != victim]
-        operation = max(self.memory[2 * worker] for worker in others)
-        own = max(self.memory[2 * worker + 1] for worker in others)
-        for word in range(2 * self.workers):
-            self.memory[word] = 0
+        """The longest of all workers but the victim, as far as it has come; the next look begins anew."""
+        others = [worker for worker in range(len(self.of)) if worker != victim]
+        operation = max(max(self.of[worker][0], self.so_far(worker)) for worker in others)
+        own = max(self.of[worker][1] for worker in others)
+        for words in self.of:
+            words[0] = words[1] = 0
         return Longest(operation / 1e9, own / 1e9 if _schedstat(os.getpid()) is not None else None)
 
 
