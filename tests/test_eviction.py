@@ -1,4 +1,4 @@
-"""The order of eviction in a cache too large for an exact one. (That of a small one is the model's, `test_model.py`.)"""
+"""The order of eviction in a cache too large for an exact one. (That of a small one: `test_model.py`.)"""
 
 from __future__ import annotations
 
