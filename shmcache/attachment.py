@@ -26,7 +26,7 @@ from shmcache.descriptors import Descriptor, LockFile, standard_taken
 from shmcache.engine import layout
 from shmcache.engine.bytelock import Guard, forked_within, is_setting_up, under_setup_lock
 from shmcache.engine.layout import Geometry
-from shmcache.engine.membership import Member, Registry
+from shmcache.engine.membership import Member, Registry, nobody
 from shmcache.engine.primitives import load, process_epoch
 from shmcache.engine.repair import inspect_locked
 from shmcache.engine.shard import Shard
@@ -98,7 +98,11 @@ class Attachment:
         A child that a signal handler forked in the midst of an operation may return from the handler, and would go on
         with it, in a section that is the parent's. Uncompiled, what it then stores is an error, and it attaches anew.
         """
+        if self.left_to_parent:
+            return  # already, when its parent was forked
         self.member.disinherit()
+        for shard in self.shards:
+            shard.after_fork()
         if (is_setting_up() or self.is_entered()) and not is_compiled():
             self.left_to_parent = True
             self.words.release()
@@ -166,7 +170,7 @@ class Attachment:
         if self._detached:
             self.shards = []
             self.registry.words = self.words = self.data = memoryview(b"").cast("Q")
-            del self.member
+            self.member = nobody()  # a fork may come at any time
 
     def _wait_for_own_threads(self) -> None:
         """Let no thread of this process take a lock any more, and wait for one that has: nobody could tell it lives.
@@ -346,7 +350,7 @@ def _create(wish: Wish, lock_file: LockFile) -> Attachment:
                 wish.name,
             )
         if wish.ephemeral:
-            lock_file.use()
+            segment.use(wish.name, lock_file, wish.timeout)
         segment.complete(attachment.words)
         return attachment
     except BaseException:

@@ -268,7 +268,10 @@ class Cache(Store):
         return functools.partial(type(self), self.name, **options), ()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self.max_bytes} bytes, {self.max_entries} entries"
+        attachment = self._attachment  # as it was last seen: this neither waits nor moves, for it is for a log
+        state = "closed" if self._closed else "moving to new files"
+        if attachment is not None:
+            state = f"{attachment.geometry.max_bytes} bytes, {attachment.geometry.max_entries} entries"
         return f"<{type(self).__name__} {self.name!r}: {state}>"
 
     @property

@@ -398,6 +398,8 @@ def _lower_dict(mapping: dict[Any, Any], parents: list[int]) -> dict[object, obj
         except Refusal as refusal:
             refusal.steps.append(f"[{show(key)}]")
             raise
+    if len(lowered) < len(mapping):
+        raise Refusal("several keys of a dict have one form when stored, as those that contain a NaN may")
     return lowered
 
 

@@ -37,6 +37,11 @@ class Descriptor:
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self.identity = identity_of(file.fileno())
+        former = _newest.get(file.fileno())
+        if former is not None and not former.closed:  # somebody else has closed it, or we had not got its number
+            _lost.append(former)
+            _open.pop(former, None)
+        _newest[file.fileno()] = file
         _open[file] = (weakref.ref(self), self.identity)
 
     def fileno(self) -> int:
@@ -51,17 +56,20 @@ class Descriptor:
     def link_count(self) -> int:
         """How many names the file has; 0 also if somebody has closed the descriptor."""
         try:
-            status = os.fstat(self.fileno())
+            return 0 if self.is_lost() else os.fstat(self.fileno()).st_nlink
         except (OSError, ValueError):
             return 0
-        return status.st_nlink if (status.st_dev, status.st_ino) == self.identity else 0
 
     def is_lost(self) -> bool:
-        """Whether somebody else has closed it (daemons close all there are), so that its number may be another's."""
+        """Whether somebody else has closed it (daemons close all there are), so that its number may be another's.
+
+        That may be the same file, opened anew by us.
+        """
         try:
-            return identity_of(self.fileno()) != self.identity
+            number = self.fileno()
         except ValueError:  # we have closed it
             return False
+        return _newest[number] is not self._file or identity_of(number) != self.identity
 
     def close_own(self) -> None:
         """Close it, unless somebody else has."""
@@ -114,10 +122,14 @@ class LockFile:
         """Whether it can be used: neither we nor others have closed it."""
         return not self.descriptor.closed and not self.descriptor.is_lost()
 
-    def use(self) -> None:
-        """Say that the cache is in use, as long as the file is open; waits for a reaper that just looks."""
-        fcntl.flock(self.fd, fcntl.LOCK_SH)
+    def use(self) -> bool:
+        """Say that the cache is in use, as long as the file is open. False while a reaper has it to itself to look."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         self._in_use_here = True
+        return True
 
     def is_in_use(self) -> bool:
         """Whether anybody says so. Asking would take away what this process, or its parent, has said."""
@@ -131,8 +143,10 @@ class LockFile:
         return False
 
 
-# Each open file, with the object that it belongs to. One that is lost stays here: collected, it would close its number.
+# Each open file, with the object that it belongs to. One that is lost is kept: collected, it would close its number.
 _open: dict[io.FileIO, tuple[weakref.ref[Descriptor], tuple[int, int] | None]] = {}
+_newest: dict[int, io.FileIO] = {}  # which of ours got a number last: any other of that number is lost
+_lost: list[io.FileIO] = []
 _lock_files: weakref.WeakValueDictionary[tuple[int, int] | None, LockFile] = weakref.WeakValueDictionary()
 _used: dict[tuple[int, int] | None, LockFile] = {}  # held, or a collector would make us forget one that is still locked
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -31,7 +30,7 @@ import posix_ipc
 from shmcache import descriptors
 from shmcache.descriptors import Descriptor, LockFile
 from shmcache.engine import layout
-from shmcache.engine.bytelock import REAPER_BYTE, forked_within, is_byte_locked, under_setup_lock
+from shmcache.engine.bytelock import REAPER_BYTE, forked_within, is_byte_locked, release_abandoned, under_setup_lock
 from shmcache.engine.layout import Geometry
 from shmcache.engine.primitives import process_epoch, store
 from shmcache.engine.store import MAX_TTL_NS, is_compiled
@@ -55,7 +54,7 @@ if not DIRECTORY.is_dir():
 
     DIRECTORY = Path(tempfile.gettempdir())
 MAX_NAME = 100
-MAX_ENTRIES = 1 << 31
+MAX_ENTRIES = (1 << 31) - 1  # a slot's number + 1 has 31 bits, for `layout.WHEEL_FIRST` is the next
 RESERVE_STEP = 4 * 2**20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _LOCK_SUFFIX = "~lock"
@@ -91,6 +90,9 @@ _mutexes: dict[tuple[int, str], threading.RLock] = {}  # one a process: a fork m
 def mutex_of(name: str) -> threading.RLock:
     """What excludes threads of this process from opening and closing the files of a cache, and its attachments."""
     return _mutexes.setdefault((process_epoch(), name), threading.RLock())
+
+
+os.register_at_fork(after_in_child=lambda: release_abandoned(_mutexes.values()))
 
 
 def has_mutex() -> bool:
@@ -214,8 +216,20 @@ def _validated(segment: Descriptor, wish: Wish, lock_file: LockFile) -> Geometry
     if header[layout.H_FLAGS] & layout.FLAG_EPHEMERAL:
         if wish.create and not lock_file.is_in_use():
             raise Unfinished  # its last process was killed, and so was its reaper
-        lock_file.use()
+        use(name, lock_file, wish.timeout)
     return geometry
+
+
+def use(name: str, lock_file: LockFile, timeout: float) -> None:
+    """Say that an ephemeral cache is in use, or raise LockTimeout."""
+    deadline = time.monotonic() + timeout
+    while not lock_file.use():
+        if time.monotonic() > deadline:
+            raise LockTimeout(
+                f"the reaper of the ephemeral cache {name!r} has kept everybody out for {timeout} s: look for a "
+                f"stopped process (SIGSTOP) with `shmcache doctor {name}`"
+            )
+        time.sleep(0.0005)
 
 
 def _no_cache(name: str) -> CacheNotFound:
@@ -510,15 +524,5 @@ def is_left_over(name: str, timeout: float) -> bool:
 def _has_nobody(name: str, lock_file: LockFile, timeout: float) -> bool:
     if not is_byte_locked(lock_file.fd, REAPER_BYTE):
         return not lock_file.is_in_use()
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(lock_file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:  # the reaper has it to itself, for a moment
-            if time.monotonic() > deadline:
-                raise LockTimeout(
-                    f"the reaper of the ephemeral cache {name!r} has kept everybody out for {timeout} s: look for a "
-                    f"stopped process (SIGSTOP) with `shmcache doctor {name}`"
-                ) from None
-        time.sleep(0.0005)
+    use(name, lock_file, timeout)
+    return False

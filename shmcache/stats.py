@@ -85,11 +85,7 @@ def collect(attachment: Attachment) -> Stats:
     """Read the figures, without a lock: each is right, though not all are of the same instant."""
     words = attachment.words
     geometry = attachment.geometry
-    counts = [load(words, layout.H_TOTALS + counter) for counter in range(layout.COUNTERS)]
-    for line in range(geometry.processes):
-        at = attachment.registry.line(line) + layout.P_COUNTERS
-        for counter in range(layout.COUNTERS):
-            counts[counter] += load(words, at + counter)
+    counts = [attachment.registry.counter(number) for number in range(layout.COUNTERS)]
     attached = sorted((_process(attachment, line) for line in attachment.registry.live_lines()), key=_pid)
     hits, misses = counts[layout.C_HITS], counts[layout.C_MISSES]
     ttl = load(words, layout.H_DEFAULT_TTL)

@@ -111,6 +111,7 @@ def test_a_place_that_another_process_took_meanwhile_is_given_up(
     before, registry = cache._attachment.member.owner, cache._attachment.registry
     for line in range(1, registry.processes):  # as if a process had died in each
         cache._attachment.words[registry.line(line) + layout.P_PID] = 1
+    cache._attachment.words[registry.line(0) + layout.P_NAMESPACE] = 1  # where nobody here can see that it lives
     lose_locks(cache.name)
     gate, taken = Gate(), Gate()
 

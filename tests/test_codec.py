@@ -916,3 +916,14 @@ def test_without_numpy_an_array_says_what_is_missing(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "numpy", None)
     for stored in data:
         assert "install numpy" in refused(stored)
+
+
+def test_keys_that_would_become_one_are_refused() -> None:
+    nan = float("nan")
+    for value in (
+        {Decimal("NaN"): 1, Decimal("NaN"): 2},
+        {(nan,): 1, (float("nan"),): 2},
+        [{complex(nan, 0): 1, complex(float("nan"), 0): 2}],
+    ):
+        with pytest.raises(SerializationError, match="have one form when stored"):
+            Codec().encode(value)

@@ -1216,6 +1216,19 @@ def test_repr_says_what_it_is(cache: Cache) -> None:
     assert "closed" in repr(cache)
 
 
+def test_repr_of_a_cache_whose_files_are_gone_makes_no_new_ones(cache: Cache, clock: Clock) -> None:
+    """It stands in the log of what has just gone wrong."""
+    segment.unlink(cache.name)
+    clock.advance(10)
+    assert repr(cache.name) in repr(cache)
+    assert cache.name not in segment.names()
+
+
+def test_one_that_was_never_initialized_is_an_error() -> None:
+    with pytest.raises((CacheClosed, AttributeError)):
+        Cache.__new__(Cache).get("key")
+
+
 # --- attaching, leaving, removing -----------------------------------------------------------------------------------
 def test_several_objects_of_one_name_share_everything(cache: Cache, make_cache: MakeCache, clock: Clock) -> None:
     other = make_cache(cache.name, clock=clock)

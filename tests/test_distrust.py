@@ -31,7 +31,7 @@ from shmcache import (
     is_compiled,
     stats,
 )
-from shmcache.engine import bytelock, layout, membership, primitives, reader
+from shmcache.engine import bytelock, layout, membership, primitives, reader, shard
 from shmcache.engine.blocks import Blocks
 from shmcache.engine.layout import BLOCK_BYTES, BLOCK_WORDS, RUN_HEADER_BYTES
 from shmcache.engine.primitives import (
@@ -789,25 +789,22 @@ def test_a_line_that_is_taken_is_the_parents(bench: Bench, monkeypatch: pytest.M
     registry._own_epoch = epoch
 
 
-@pytest.mark.parametrize("released", [True, False])
-def test_a_hit_that_is_recorded_is_the_parents(bench: Bench, monkeypatch: pytest.MonkeyPatch, released: bool) -> None:
-    """Views that were released tell; an error of another kind stays what it is."""
-    words = memoryview(bytearray(8))
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("forked", [True, False])
+def test_what_is_the_parents_to_finish_is_an_error_that_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, forked: bool, error: type[Exception]
+) -> None:
+    """In a child, views were released, and the mutex; without a fork an error stays what it is."""
 
     def record_hit_locked(request: Request) -> None:
-        raise ValueError("of its own")
+        if forked:
+            patch.setattr(shard, "process_epoch", lambda: 1)
+        raise error("of its own")
 
-    words.release()
     with monkeypatch.context() as patch:
         patch.setattr(bench.shard, "record_hit_locked", record_hit_locked)
-        if released:
-            patch.setattr(bench.shard, "leave", lambda: 0)
-            real = bench.shard.refuse_if_forked
-            patch.setattr(bench.shard, "refuse_if_forked", lambda: (patch.setattr(bench.shard, "words", words), real()))
-            with pytest.raises(LockTimeout, match=FORKED):
-                bench.shard.promote(Request())
-        else:
-            with pytest.raises(ValueError, match="of its own"):
-                bench.shard.promote(Request())
+        expected, match = (LockTimeout, FORKED) if forked else (error, "of its own")
+        with pytest.raises(expected, match=match):
+            bench.shard.promote(Request())
     bench.header(layout.S_LOCK, 0)
     assert bench.cache.get("a") == "value of a"

@@ -110,7 +110,7 @@ def test_more_memory_than_there_is_names_the_variable(from_env: FromEnv) -> None
         (
             "CACHE_MAX_SIZE",
             ["many", "0", "-5", "1.5", "1e3", "99999999999"],
-            "expected a whole number of entries, 1 to 2,147,483,648",
+            "expected a whole number of entries, 1 to 2,147,483,647",
         ),
         (
             "CACHE_TTL",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shmcache import Cache, reaper, reaper_process, segment
+from shmcache import Cache, LockTimeout, reaper, reaper_process, segment
 from tests.processes import (
     WAYS_TO_LEAVE,
     Child,
@@ -155,6 +156,26 @@ def test_a_forked_child_that_did_nothing_yet_keeps_an_ephemeral_cache_alive(name
         until(lambda: reapers(name) == [], 5)
     os.close(told)
     os.close(tell)
+
+
+def test_a_reaper_that_was_stopped_while_it_looked_keeps_nobody_out_for_long(name: str) -> None:
+    """Longer than `lock_timeout`, that is: it has the lock file to itself then. Here this test is it."""
+    with Family() as family:
+
+        def work() -> None:
+            with Cache(name, max_bytes=SMALL, ephemeral=True):
+                signal.pause()
+
+        child = family.fork(work)
+        until(lambda: len(reapers(name)) == 1)
+        reapers(name)[0].kill()
+        child.signal(signal.SIGKILL)
+        child.wait()
+    with open(segment.lock_path(name)) as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        with pytest.raises(LockTimeout, match=r"kept everybody out for 0\.2 s"):
+            Cache(name, max_bytes=SMALL, lock_timeout=0.2)
+    Cache(name, max_bytes=SMALL).unlink()  # it was left over, and is a new one
 
 
 def test_an_ephemeral_cache_outlives_those_that_attach_to_it_and_go(name: str) -> None:

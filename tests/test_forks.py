@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
-from shmcache import Cache, LockTimeout, is_compiled
+from shmcache import Cache, LockTimeout, SegmentTooLarge, is_compiled, segment
 from shmcache.engine.bytelock import under_setup_lock
-from tests.conftest import new_name
+from tests.conftest import Clock, new_name
 from tests.holders import hold, owner, waiters
 from tests.processes import DEADLINE, Family, environment, files, no_gc, read, run_python, until
 
@@ -156,7 +157,7 @@ def test_threads_of_several_processes_some_of_which_are_killed(make_cache: Calla
 # --- within an operation --------------------------------------------------------------------------------------------
 CHILD_OF_A_HANDLER = """
     import os, signal, sys
-    from shmcache import Cache, LockTimeout, is_compiled
+    from shmcache import Cache, LockTimeout, SegmentTooLarge, is_compiled, segment
 
     name, what, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
     cache = Cache(name, max_bytes="1MB", max_entries=64, shards=1)
@@ -381,3 +382,70 @@ def test_a_sub_interpreter_is_refused() -> None:
     assert refusal.startswith("shmcache works in the main interpreter of a process only")
     assert "WSGIApplicationGroup %{GLOBAL}" in refusal
     assert compiled == str(is_compiled())
+
+
+def test_a_fork_while_a_cache_without_files_is_still_at_hand(
+    make_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exception keeps what it was attached to; the child does nothing in its parent's name at any other cache."""
+    clock = Clock()
+    lost, other = make_cache(max_bytes="1MB", clock=clock), make_cache(max_bytes="1MB")
+
+    def no_room(*arguments: object) -> None:
+        raise SegmentTooLarge("no room")
+
+    monkeypatch.setattr(segment, "_reserve", no_room)
+    monkeypatch.setattr("shmcache.cache.MOVE_PATIENCE", 0.0)
+    segment.unlink(lost.name)
+    clock.advance(1)
+    with Family() as family:
+        try:
+            lost.stats()
+        except SegmentTooLarge:
+            child = family.fork(lambda: os._exit(other._attachment.member.owner != 0))
+            assert child.wait() == 0
+        else:
+            raise AssertionError("there was room")
+    monkeypatch.undo()
+
+
+def test_a_child_forked_while_its_thread_waits_for_another_does_not_wait_for_ever(
+    make_cache: Callable[..., Cache],
+) -> None:
+    """The other thread is not in the child, and would never give back what it has."""
+    cache = make_cache(max_bytes="1MB")
+    mutex, taken, forked = segment.mutex_of(cache.name), threading.Event(), threading.Event()
+    children: list[int] = []
+
+    def fork_if_waiting(_number: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_code.co_name != "attach":
+            frame = frame.f_back
+        if frame is not None and not children:
+            children.append(os.fork())
+            if children[0]:
+                forked.set()
+
+    def keep_it() -> None:
+        with mutex:
+            taken.set()
+            while not forked.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                forked.wait(0.001)
+
+    before = signal.signal(signal.SIGUSR1, fork_if_waiting)
+    thread = threading.Thread(target=keep_it)
+    thread.start()
+    try:
+        taken.wait()
+        another = Cache(cache.name)
+        if children == [0]:
+            another.set("key", "of the child")
+            os._exit(0)
+        thread.join()
+        until(lambda: os.waitpid(children[0], os.WNOHANG) == (children[0], 0))
+        assert another.get("key") == "of the child"
+        another.close()
+    finally:
+        if children == [0]:
+            os._exit(1)
+        signal.signal(signal.SIGUSR1, before)

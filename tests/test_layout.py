@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmcache import Cache
+from shmcache import Cache, segment
 from shmcache.codec import Extension
 from shmcache.engine import layout
 from shmcache.engine.layout import Geometry
 from shmcache.engine.primitives import key_hash, load
+from tests.conftest import new_name
 
 ENGINE = Path(layout.__file__).parent
 
@@ -136,3 +137,9 @@ def test_the_stored_hash_is_the_one_of_the_python_body(make_cache: Callable[...,
     }
     encoded = [key.encode() for key in keys]
     assert stored == {key_hash(key, len(key), layout.KEY_TEXT, *attachment.secret) for key in encoded}
+
+
+def test_no_slot_has_a_number_that_stands_for_a_list() -> None:
+    assert segment.MAX_ENTRIES < layout.WHEEL_FIRST
+    with pytest.raises(ValueError, match="expected 1 to 2,147,483,647"):
+        Cache(new_name(), max_bytes=1 << 40, max_entries=1 << 31, shards=1)

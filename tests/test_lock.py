@@ -314,7 +314,15 @@ def test_one_that_gave_up_knows_whom_it_waited_for(bench: Bench) -> None:
     bench.holder = bench.member.owner
     assert not bench.lock.acquire(3 * MS)
     assert bench.lock.waited_for == bench.member.owner
-    assert bench.lock.holder_pid() == os.getpid()
+    assert f"is {os.getpid()}: is it stopped" in bench.lock.why_refused()
+
+
+def test_one_that_gave_up_names_nobody_whom_it_did_not_see(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others took the lock and gave it back each time before this one looked."""
+    monkeypatch.setattr(bench.lock, "try_acquire", lambda: False)
+    monkeypatch.setattr(lock, "pause", lambda: setattr(bench, "now", bench.now + 10_000))
+    assert not bench.lock.acquire(3 * MS)
+    assert "others were always faster" in bench.lock.why_refused()
 
 
 def test_a_process_is_not_asked_after_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +436,7 @@ def test_who_lives_is_known_by_byte_and_generation(make_cache: Callable[..., Cac
     assert set(registry.live_lines()) == {registry.own_line, owner >> 48}
     waiting = cache._attachment.shards[0].lock
     waiting.waited_for = owner
-    assert waiting.holder_pid() == child.pid
+    assert f"is {child.pid}: is it stopped" in waiting.why_refused()
     gate.open()
     assert child.wait() == 0
     assert not registry.is_alive(owner)

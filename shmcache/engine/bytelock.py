@@ -6,6 +6,7 @@ which mutexes do here, and they vanish when the process closes any descriptor of
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,6 +77,27 @@ _setup_mutexes: dict[tuple[int, int], Mutex] = {}
 _atomic_mutexes: dict[int, Mutex] = {}
 
 
+def release_abandoned(locks: Iterable[Mutex | threading.RLock]) -> None:
+    """In a forked child: give back what threads of the parent have.
+
+    A signal handler may have forked while this thread waited for one, and would leave it waiting for ever.
+    """
+    for lock in locks:
+        if isinstance(lock, Mutex):
+            if lock.lock.locked() and not lock.is_mine():
+                lock.lock.release()
+        elif not lock._is_owned():  # type: ignore[attr-defined]
+            with contextlib.suppress(RuntimeError):  # nobody has it
+                lock._release_save()  # type: ignore[attr-defined] # `release` is for owners only
+
+
+def _after_fork_in_child() -> None:
+    release_abandoned([*_setup_mutexes.values(), *_atomic_mutexes.values()])
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def is_setting_up() -> bool:
     """Whether this thread is in `under_setup_lock`; in a forked child, whether it was when it forked."""
     return any(mutex.is_mine() for mutex in list(_setup_mutexes.values()))
@@ -97,25 +119,28 @@ def under_setup_lock(fd: int, timeout: float, work: Callable[[], Result]) -> Res
     epoch = process_epoch()
     mutex = _setup_mutexes.setdefault((epoch, fd), Mutex())
     mutex.refuse_reentry()
-    with mutex.lock:
-        try:
-            mutex.owner = threading.get_ident()
-            _await_setup_byte(fd, timeout)
-            result = work()
-            if process_epoch() != epoch:
-                raise forked_within()
-            return result
-        except ValueError:
-            if process_epoch() != epoch:
-                raise forked_within() from None  # the views of the segment were released
-            raise
-        finally:
-            # Calls of C functions only: no signal handler runs before they are done.
-            try:  # noqa: SIM105
-                fcntl.lockf(fd, fcntl.LOCK_UN, 1, SETUP_BYTE)
-            except (OSError, ValueError):
-                pass  # closed, and so unlocked
-            mutex.owner = 0
+    try:
+        with mutex.lock:
+            try:
+                mutex.owner = threading.get_ident()
+                if process_epoch() != epoch:
+                    raise forked_within()  # while this thread waited for the mutex
+                _await_setup_byte(fd, timeout)
+                result = work()
+                if process_epoch() != epoch:
+                    raise forked_within()
+                return result
+            finally:
+                # Calls of C functions only: no signal handler runs before they are done.
+                try:  # noqa: SIM105
+                    fcntl.lockf(fd, fcntl.LOCK_UN, 1, SETUP_BYTE)
+                except (OSError, ValueError):
+                    pass  # closed, and so unlocked
+                mutex.owner = 0
+    except (ValueError, RuntimeError):
+        if process_epoch() != epoch:
+            raise forked_within() from None  # the views of the segment were released, or the mutex was
+        raise
 
 
 def _await_setup_byte(fd: int, timeout: float) -> None:
@@ -141,6 +166,7 @@ class Guard:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._inode = os.fstat(fd).st_ino
 
     @property
     def mutex(self) -> Mutex:
@@ -148,9 +174,17 @@ class Guard:
         return _atomic_mutexes.setdefault(process_epoch(), Mutex())
 
     def take(self) -> bool:
-        """Take the byte; False when that lasts too long, for instance because its holder was stopped just here."""
+        """Take the byte; False when that lasts too long, for instance because its holder was stopped just here.
+
+        Raises CacheClosed where the descriptor was closed, and may be another file's: what it locks excludes nobody.
+        """
         deadline = time.monotonic() + GUARD_PATIENCE
-        held = try_lock_byte(self.fd, ATOMIC_BYTE)
+        try:
+            if os.fstat(self.fd).st_ino != self._inode:
+                raise ValueError
+            held = try_lock_byte(self.fd, ATOMIC_BYTE)
+        except (OSError, ValueError):
+            raise CacheClosed("the lock file of this cache was closed") from None
         while not held and time.monotonic() < deadline:
             time.sleep(0)
             held = try_lock_byte(self.fd, ATOMIC_BYTE)

@@ -19,12 +19,16 @@ cdef enum:
     H_DEFAULT_TTL = 14
     H_LOCK_FILE = 15
     H_TOTALS = 16
+    H_FOLDING = 24
+    H_FOLDED = 25
     HEADER_WORDS = 64
     FLAG_COMPILED = 1
     FLAG_EPHEMERAL = 2
     P_GENERATION = 0
     P_PID = 1
     P_ATTACHED = 2
+    P_STARTED = 3
+    P_NAMESPACE = 4
     P_COUNTERS = 8
     PROCESS_WORDS = 16
     MIN_PROCESSES = 64

@@ -53,6 +53,8 @@ H_CREATOR = 13  # pid, for people to read; it proves nothing
 H_DEFAULT_TTL = 14  # ns, 0 for none
 H_LOCK_FILE = 15  # inode of the lock file this segment belongs to
 H_TOTALS = 16  # eight counters of processes that are gone
+H_FOLDING = 24  # line + 1 whose counters are being added to the totals; it and H_TOTALS do not count while it is set
+H_FOLDED = 25  # eight words, what the totals will be
 HEADER_WORDS = 64
 
 FLAG_COMPILED = 1
@@ -62,6 +64,8 @@ FLAG_EPHEMERAL = 2
 P_GENERATION = 0
 P_PID = 1
 P_ATTACHED = 2  # wall clock, ns
+P_STARTED = 3  # with P_PID in P_NAMESPACE, who it is: clock ticks since boot, 0 where nobody tells
+P_NAMESPACE = 4  # inode of the pid namespace
 P_COUNTERS = 8
 PROCESS_WORDS = 16
 MIN_PROCESSES = 64

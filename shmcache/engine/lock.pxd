@@ -5,7 +5,7 @@ cdef class Lock:
     cdef unsigned long long header, waited_for
     cdef Member member
     cdef object sleeper, guard
-    cdef unsigned long long holder_pid(self)
+    cdef str why_refused(self)
     cdef bint try_acquire(self) noexcept
     cdef bint acquire(self, unsigned long long timeout_ns) except? -1
     cdef int release(self) except -1

@@ -77,6 +77,7 @@ class Lock:
         """`acquire` when the first attempt failed."""
         holder: cython.ulonglong
         suspect: cython.ulonglong = 0
+        last: cython.ulonglong = 0
         began: cython.ulonglong = precise_ns()
         now: cython.ulonglong = began
         since: cython.ulonglong = began
@@ -98,6 +99,8 @@ class Lock:
                 break
             now = precise_ns()
             holder = load_acquire(self.words, self.header + S_LOCK)
+            if holder:
+                last = holder
             if holder != suspect:
                 suspect = holder
                 since = now
@@ -112,7 +115,7 @@ class Lock:
                         break
                 since = now
             if now - began > timeout_ns:
-                self.waited_for = suspect
+                self.waited_for = last
                 break
             self.add_waiters(1)
             woken = False
@@ -126,10 +129,13 @@ class Lock:
         self.member.count(C_LOCK_WAIT_NS, precise_ns() - began)
         return taken
 
-    def holder_pid(self) -> int:
-        """The pid of who held the lock when `acquire` gave up, for people to read."""
+    def why_refused(self) -> str:
+        """Who was last seen with the lock when `acquire` gave up, for people to read."""
+        if self.waited_for == 0:
+            return "others were always faster; with more shards they would be fewer"
         line: cython.ulonglong = self.waited_for >> 48
-        return load(self.words, HEADER_WORDS + line * PROCESS_WORDS + P_PID)
+        pid = load(self.words, HEADER_WORDS + line * PROCESS_WORDS + P_PID)
+        return f"a live process has it, whose pid, as it sees itself, is {pid}: is it stopped (SIGSTOP, a debugger)?"
 
     def wake(self) -> int:
         if self.add_waiters(-1):

@@ -1,10 +1,12 @@
 """Which processes are attached, and which of them live: the process table is this file's.
 
 A process takes a line of the table by locking the byte of that number in the cache's lock file, and raises the line's
-generation. The kernel drops the lock when the process ends, however it ends; pids, which mean nothing across pid
-namespaces and are reused, prove nothing here. POSIX record locks belong to a process: a forked child has none and
-takes a line of its own. They vanish when the process closes *any* descriptor of the file, so it is opened once
-(`descriptors.py`); and as other code of the process may open and close it, `join` is repeated now and then.
+generation. The kernel drops the lock when the process ends, however it ends. POSIX record locks belong to a process: a
+forked child has none and takes a line of its own. They vanish when the process closes *any* descriptor of the file, so
+it is opened once (`descriptors.py`); and as other code of the process may open and close it, `join` is repeated now and
+then. Until then the process is known by its pid and the time of its start: a locked byte proves that it lives, and one
+that is not locked proves its death, unless that very process is seen to run: then it is given a second to end what it
+may be doing. (Not for ever: it may have become another program.)
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ else:
     from shmcache.engine.layout import *
     from shmcache.engine.primitives import *
 
-from shmcache.engine.bytelock import forked_within, is_byte_locked, try_lock_byte, under_setup_lock, unlock_byte
+from shmcache.engine.bytelock import (
+    forked_within,
+    is_byte_locked,
+    release_abandoned,
+    try_lock_byte,
+    under_setup_lock,
+    unlock_byte,
+)
 from shmcache.errors import CacheClosed, TooManyProcesses
 
 __all__ = ["Member", "Registry"]
@@ -36,7 +45,12 @@ watch_forks()
 
 _count_mutexes: dict[int, threading.RLock] = {}  # one a process: a fork may leave a locked one behind
 
+os.register_at_fork(after_in_child=lambda: release_abandoned(_count_mutexes.values()))
+
 GENERATION_MASK = (1 << 48) - 1
+GRACE_NS = 1_000_000_000  # far more than an operation takes; and whoever has become another program ends none
+DOUBT_NS = 60 * GRACE_NS  # beyond, it is another matter
+EXITING = 4  # PF_EXITING of the kernel: it has begun to end, and has not given back its locks before
 
 
 @cython.final
@@ -88,6 +102,32 @@ class Member:
         self.counters = len(self.words)  # beyond the end: nothing is stored there
 
 
+def started(pid: int) -> int:
+    """When a process began, in clock ticks since boot; 0 if it has ended or is about to, or where nobody tells."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    # proc(5): the state is field 3, the flags are field 9, the time is field 22
+    return 0 if state in b"ZX" or int(fields[5]) & EXITING else int(fields[18])
+
+
+def pid_namespace() -> int:
+    """In which a pid means what it means here, and in /proc; 0 where nobody tells."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return 0  # that /proc is of another one
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def nobody() -> Member:
+    """In no process table: for whoever is in an operation while its cache is closed."""
+    return Member(memoryview(bytearray(64)).cast("Q"), None)
+
+
 class Registry:
     """The process table of one cache and the lock file that proves it. `fd` is this process's descriptor of it."""
 
@@ -99,6 +139,7 @@ class Registry:
         self.own_generation = 0
         self._own_epoch = 0
         self._inode = os.fstat(fd).st_ino
+        self._doubted: dict[int, int] = {}  # when an owner without its lock was first asked after
 
     def line(self, number: int) -> int:
         """The word index of a line of the table."""
@@ -137,12 +178,11 @@ class Registry:
         # Never 0: with line 0 it would be the id of nobody.
         generation = (load(self.words, at + P_GENERATION) + 1) & GENERATION_MASK or 1
         store(self.words, at + P_GENERATION, generation)
-        for counter in range(COUNTERS):
-            counted: cython.ulonglong = load(self.words, at + P_COUNTERS + counter)
-            total: cython.ulonglong = load(self.words, H_TOTALS + counter)
-            store(self.words, H_TOTALS + counter, wrap(total + counted))
-            store(self.words, at + P_COUNTERS + counter, 0)
+        self._finish_fold()
+        self._fold(line)
         store(self.words, at + P_ATTACHED, time.time_ns())
+        store(self.words, at + P_STARTED, started(os.getpid()))
+        store(self.words, at + P_NAMESPACE, pid_namespace())
         store(self.words, at + P_PID, os.getpid())
         self.own_line = line
         self.own_generation = generation
@@ -150,17 +190,42 @@ class Registry:
 
     def _lock_a_line(self) -> int:
         for _attempt in range(5):
-            # Lines left in order first, those of processes that died after them.
-            for left_in_order in (True, False):
+            # Lines left in order first, then those of processes that died, last those that somebody has lost.
+            for wanted in (self._is_left, self._is_of_a_dead, lambda line: True):
                 for line in range(self.processes):
-                    vacant = load(self.words, self.line(line) + P_PID) == 0
-                    if vacant is left_in_order and try_lock_byte(self.fd, line):
+                    if wanted(line) and try_lock_byte(self.fd, line):
                         return line
             time.sleep(0.01)  # a reaper holds them all for a moment
         raise TooManyProcesses(
             f"all {self.processes} places of the process table are taken: detach processes that no longer need the "
             f"cache, or create it larger (a cache of 16 MB or more has {MAX_PROCESSES} places)"
         )
+
+    def counter(self, number: int) -> int:
+        """The total of a counter: of all that are attached, and of all that are gone."""
+        folding = load(self.words, H_FOLDING)
+        total: int = load(self.words, (H_FOLDED if folding else H_TOTALS) + number)
+        for line in range(self.processes):
+            if line + 1 != folding:
+                total += load(self.words, self.line(line) + P_COUNTERS + number)
+        return total
+
+    def _fold(self, line: int) -> None:
+        """Add what the last process of a line has counted to the totals, once, whoever dies on the way."""
+        for number in range(COUNTERS):
+            total: cython.ulonglong = load(self.words, H_TOTALS + number)
+            total += cython.cast(cython.ulonglong, load(self.words, self.line(line) + P_COUNTERS + number))
+            store(self.words, H_FOLDED + number, wrap(total))
+        store_release(self.words, H_FOLDING, line + 1)  # from here on these are the totals, and the line counts nothing
+        self._finish_fold()
+
+    def _finish_fold(self) -> None:
+        folding = load(self.words, H_FOLDING)
+        if 0 < folding <= self.processes:
+            for number in range(COUNTERS):
+                store(self.words, self.line(folding - 1) + P_COUNTERS + number, 0)
+                store(self.words, H_TOTALS + number, load(self.words, H_FOLDED + number))
+        store_release(self.words, H_FOLDING, 0)
 
     def forget(self) -> None:
         """The lock of this process's line is lost, and the line may be another's by now."""
@@ -189,7 +254,29 @@ class Registry:
             raise CacheClosed("the cache was closed by another thread while this one waited for a lock") from None
         if line >= self.processes or load(self.words, self.line(line) + P_GENERATION) & GENERATION_MASK != generation:
             return False
-        return line == self.own_line or locked
+        return line == self.own_line or locked or self._is_given_time(owner, line)
+
+    def _is_given_time(self, owner: int, line: int) -> bool:
+        """Whether a process without its lock runs, and has not yet had time enough to end what it may be doing."""
+        if not self._runs(line):
+            return False
+        now = precise_ns()
+        since = self._doubted.get(owner, 0)
+        if now - since > DOUBT_NS:
+            since = self._doubted[owner] = now
+        return now - since < GRACE_NS
+
+    def _is_left(self, line: int) -> bool:
+        return load(self.words, self.line(line) + P_PID) == 0
+
+    def _is_of_a_dead(self, line: int) -> bool:
+        return not is_byte_locked(self.fd, line) and not self._runs(line)
+
+    def _runs(self, line: int) -> bool:
+        """Whether the process that took a line is seen to run: one that has lost its lock does."""
+        at = self.line(line)
+        pid, start, namespace = (load(self.words, at + field) for field in (P_PID, P_STARTED, P_NAMESPACE))
+        return pid != 0 and namespace != 0 and namespace == pid_namespace() and start != 0 and start == started(pid)
 
     def live_lines(self) -> Iterator[int]:
         """The lines whose processes are attached now, this one's included."""

@@ -5,7 +5,6 @@ Anything else, what is damaged included, is left to `codec.py`, which knows the 
 
 from __future__ import annotations
 
-from sys import intern
 from typing import Any
 
 try:
@@ -22,8 +21,9 @@ else:
 
 __all__ = ["Message", "pack_plain"]
 
-# Keys of dicts that were read lately, each in the place that its bytes lead to: one that is there need not be made,
-# hashed and interned again. Whoever has many keys lead to one place has them made each time, no more.
+# Keys of dicts that were read lately, each in the place that its bytes lead to: one that is there need not be made and
+# hashed again. Whoever has many keys lead to one place has them made each time, no more. They are not interned, for
+# Python 3.12 keeps what was interned to its end.
 known_keys: list[str] = [""] * KNOWN_KEYS
 
 
@@ -142,7 +142,6 @@ class Message:
             return known
         text = self.next_text(size)
         if text is not None:
-            text = intern(text)
             known_keys[place] = text
         return text
 

@@ -71,7 +71,10 @@ def compare_and_swap(words: memoryview, index: int, old: int, new: int, guard: A
             return True
         finally:
             # Calls of C functions only: no signal handler runs before they are done.
-            fcntl.lockf(guard.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
+            try:  # noqa: SIM105
+                fcntl.lockf(guard.fd, fcntl.LOCK_UN, 1, ATOMIC_BYTE)
+            except (OSError, ValueError):
+                pass  # closed, and so unlocked
             mutex.owner = 0
 
 

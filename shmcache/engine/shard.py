@@ -9,6 +9,7 @@ stands as before the operation or as after it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 from time import sleep
 from typing import Any, TypeVar
@@ -43,9 +44,9 @@ else:
     from shmcache.engine.request import Request
     from shmcache.engine.table import Table
 
-from shmcache.engine.bytelock import Mutex, forked_within
+from shmcache.engine.bytelock import Mutex, forked_within, release_abandoned
 from shmcache.engine.layout import Geometry
-from shmcache.errors import LockTimeout
+from shmcache.errors import CacheClosed, LockTimeout
 
 __all__ = ["Shard"]
 
@@ -121,8 +122,9 @@ class Shard:
         return 0
 
     def try_record_hit(self, request: Request) -> None:
-        if self.lock.try_acquire() and not self.is_dirty():
-            self.record_hit_locked(request)
+        with suppress(CacheClosed):  # and then there is nothing to record
+            if self.lock.try_acquire() and not self.is_dirty():
+                self.record_hit_locked(request)
 
     def record_hit_locked(self, request: Request) -> None:
         if load(self.words, self.at(request.slot) + E_VERSION) == request.version and low(
@@ -187,20 +189,24 @@ class Shard:
 
         Python code can be interrupted anywhere: `leave` rolls back what was not finished.
         """
-        self.mutex().refuse_reentry()
-        with self.mutex().lock:
-            try:
+        epoch = process_epoch()
+        mutex = self.mutex()
+        mutex.refuse_reentry()
+        try:
+            with mutex.lock:
                 try:
-                    self.mutex().owner = get_ident()
-                    return work(*arguments)
+                    try:
+                        mutex.owner = get_ident()
+                        return work(*arguments)
+                    finally:
+                        self.leave()
                 finally:
-                    self.leave()
-            except ValueError:
-                self.refuse_if_forked()
-                raise
-            finally:
-                self.leave()  # a signal handler that raised may have interrupted the first
-                self.mutex().owner = 0
+                    self.leave()  # a signal handler that raised may have interrupted the first
+                    mutex.owner = 0
+        except (ValueError, RuntimeError):
+            if process_epoch() != epoch:
+                raise forked_within() from None  # `attachment.py` released the views, or the mutex
+            raise
 
     def enter_and(self, timeout_ns: int, work: Callable[..., Result], *arguments: Any) -> Result:
         """Take the lock, then do `work`."""
@@ -214,8 +220,8 @@ class Shard:
             return 0
         if not self.lock.acquire(timeout_ns):
             raise LockTimeout(
-                f"the lock of a shard could not be had for {timeout_ns / 1e9} s (lock_timeout): a live process has it, "
-                f"whose pid, as it sees itself, is {self.lock.holder_pid()}: is it stopped (SIGSTOP, a debugger)?"
+                f"the lock of a shard could not be had for {timeout_ns / 1e9} s (lock_timeout): "
+                f"{self.lock.why_refused()}"
             )
         if self.is_dirty():
             try:
@@ -249,12 +255,9 @@ class Shard:
         """What excludes the threads of this process, uncompiled; compiled code keeps the GIL instead."""
         return self.mutexes.setdefault(process_epoch(), Mutex())
 
-    def refuse_if_forked(self) -> None:
-        """Uncompiled: raise LockTimeout in a child that a signal handler forked while this process had the mutex."""
-        try:
-            len(self.words)
-        except ValueError:  # `attachment.py` released the view
-            raise forked_within() from None
+    def after_fork(self) -> None:
+        """In a forked child: wait for no thread of the parent."""
+        release_abandoned(self.mutexes.values())
 
     def is_entered(self) -> bool:
         """Uncompiled: whether this thread has the mutex; in a forked child, whether it had when it forked."""

@@ -26,17 +26,16 @@ except ModuleNotFoundError:
 
 if cython.compiled:
     from cython.cimports.shmcache.engine.layout import *
-    from cython.cimports.shmcache.engine.membership import Member
     from cython.cimports.shmcache.engine.primitives import *
     from cython.cimports.shmcache.engine.request import Request
     from cython.cimports.shmcache.engine.shard import Shard
 else:
     from shmcache.engine.layout import *
-    from shmcache.engine.membership import Member
     from shmcache.engine.primitives import *
     from shmcache.engine.request import Request
     from shmcache.engine.shard import Shard
 
+from shmcache.engine.membership import nobody
 from shmcache.errors import (
     CacheClosed,
     LockTimeout,
@@ -151,7 +150,7 @@ class Store:
         """Work on nothing: every operation raises CacheClosed or, `adrift`, begins with another `_reattach`."""
         self._epoch = ADRIFT if adrift else CLOSED
         self._attachment = None
-        self._member = Member(memoryview(bytearray(64)).cast("Q"), None)  # for a thread that is in an operation
+        self._member = nobody()  # for a thread that is in an operation
         self._shards = []
 
     def _reattach(self, old: Any) -> None:
@@ -615,7 +614,7 @@ class Store:
         """A request nobody else uses: another thread may run while this one waits for a lock."""
         if cython.compiled:
             request = self._spare
-            if request.in_use:  # by another thread, or by an operation that raised
+            if request is None or request.in_use:  # by another thread, or by an operation that raised
                 request = self._spare = Request()
             request.in_use = True
             return request

@@ -35,6 +35,8 @@ ELSEWHERE = {
     "keys.TuplePacker.add": "memory of this process alone",
     "message.Message.put_body": "memory of this process alone",
     "membership.Member.count": "a statistic in this process's own line",
+    "membership.Registry._finish_fold": "as _take_line, which it is a part of",
+    "membership.Registry._fold": "as _take_line, which it is a part of",
     "membership.Registry._take_line": "under the setup lock: tests/test_processes.py kills a process at each of them",
     "membership.Registry.take_leave": "the last store of a process that detaches",
     "shard.Shard.format": "at creation, before anybody can attach",
