@@ -142,7 +142,7 @@ class Attachment:
             live = ", ".join(f"{key}={getattr(here, key)!r}" for key in differing)
             raise GeometryMismatch(
                 f"a live cache {self.name!r} has {live}, but {wanted} was asked for: attach without these arguments, "
-                f"use another name, or remove the live one with `shmcache unlink {self.name}`"
+                f"use another name, or stop all processes that use it and remove it with `shmcache unlink {self.name}`"
             )
 
     def detach(self) -> None:

@@ -232,8 +232,8 @@ def test_the_commands_that_set_up_all_there_is_are_two() -> None:
 
     venv, install, run = (shlex.split(command) for command in demo.split(" && "))
     assert venv == ["python3", "-m", "venv", ".venv"]
-    assert install[:2] == [".venv/bin/pip", "install"]
-    extra = re.fullmatch(r"\.\[(\w+)\]", install[2])
+    assert install[:3] == [".venv/bin/pip", "install", "-e"]
+    extra = re.fullmatch(r"\.\[(\w+)\]", install[3])
     assert extra
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert extra[1] in project["optional-dependencies"]

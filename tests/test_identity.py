@@ -344,7 +344,8 @@ def test_a_holder_stopped_in_truth(make_cache: Callable[..., Cache]) -> None:
             assert "kept" in list(cache.keys())
             assert {process.pid for process in cache.stats().attached} == {os.getpid(), child.pid}
             assert cache.stats().recoveries == 0
-            assert (owner(cache), waiters(cache)) == (stopped, 0)
+            assert owner(cache) == stopped
+            assert waiters(cache) <= 1  # one if a post for nobody, of one that overslept as it was woken, was used here
             child.signal(signal.SIGCONT)
             cache.set("key", 2)
             assert cache.check() == []

@@ -109,7 +109,7 @@ STATE_REPAIRING = 2  # only the slots count; whoever gets the lock repairs again
 
 L_USED = 0
 L_ENTRIES = 1
-LOG_ENTRIES = 96  # five times what the longest transaction, a removal, has been seen to store
+LOG_ENTRIES = 96  # five times what the longest transaction, an insertion, has been seen to store
 
 BINS = 128
 BIN_BITMAP_WORDS = 2
