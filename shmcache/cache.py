@@ -63,7 +63,7 @@ class Cache(Store):
     - `max_entries`: the most entries it holds (default: one for each 512 bytes)
     - `default_ttl`: seconds an entry lives if `set` is given no `ttl`; None for no expiry (default: the creator's)
     - `eviction`: which entry goes when there is no room: "lru"
-    - `shards`: independent parts with a lock each, at most 64 (default: one for each 16 MB and 4,096 entries, at most
+    - `shards`: independent parts with a lock each, at most 64 (default: one for each 4 MB and 2,048 entries, at most
       16, or more from 512 GiB on)
     - `serializer`: "msgpack", "pickle" (never read data that others can write with it), or an object with `dumps` and
       `loads`

@@ -160,17 +160,23 @@ def test_a_forked_child_that_did_nothing_yet_keeps_an_ephemeral_cache_alive(name
 
 def test_a_reaper_that_was_stopped_while_it_looked_keeps_nobody_out_for_long(name: str) -> None:
     """Longer than `lock_timeout`, that is: it has the lock file to itself then. Here this test is it."""
+    told, tell = os.pipe()
+
+    def work() -> None:
+        with Cache(name, max_bytes=SMALL, ephemeral=True):
+            os.write(tell, b"!")  # it has its reaper
+            signal.pause()
+
     with Family() as family:
-
-        def work() -> None:
-            with Cache(name, max_bytes=SMALL, ephemeral=True):
-                signal.pause()
-
         child = family.fork(work)
-        until(lambda: len(reapers(name)) == 1)
-        reapers(name)[0].kill()
+        read(told)
+        [reaper] = reapers(name)
+        reaper.kill()
         child.signal(signal.SIGKILL)
         child.wait()
+    os.close(told)
+    os.close(tell)
+    until(lambda: not psutil.pid_exists(reaper.pid) or has_ended(reaper.pid))
     with open(segment.lock_path(name)) as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
         with pytest.raises(LockTimeout, match=r"kept everybody out for 0\.2 s"):

@@ -415,14 +415,15 @@ def test_a_child_forked_while_its_thread_waits_for_another_does_not_wait_for_eve
     """The other thread is not in the child, and would never give back what it has."""
     cache = make_cache(max_bytes="1MB")
     mutex, taken, forked = segment.mutex_of(cache.name), threading.Event(), threading.Event()
-    children: list[int] = []
+    parent, handled, children = os.getpid(), threading.Event(), []
 
     def fork_if_waiting(_number: int, frame: FrameType | None) -> None:
         while frame is not None and frame.f_code.co_name != "attach":
             frame = frame.f_back
-        if frame is not None and not children:
+        if frame is not None and not handled.is_set():
+            handled.set()  # before the fork, which runs Python code, where the next signal may strike
             children.append(os.fork())
-            if children[0]:
+            if os.getpid() == parent:
                 forked.set()
 
     def keep_it() -> None:
@@ -438,7 +439,7 @@ def test_a_child_forked_while_its_thread_waits_for_another_does_not_wait_for_eve
     try:
         taken.wait()
         another = Cache(cache.name)
-        if children == [0]:
+        if os.getpid() != parent:
             another.set("key", "of the child")
             os._exit(0)
         thread.join()
@@ -446,6 +447,6 @@ def test_a_child_forked_while_its_thread_waits_for_another_does_not_wait_for_eve
         assert another.get("key") == "of the child"
         another.close()
     finally:
-        if children == [0]:
+        if os.getpid() != parent:
             os._exit(1)
         signal.signal(signal.SIGUSR1, before)

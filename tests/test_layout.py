@@ -84,13 +84,15 @@ def test_too_small_a_cache_is_told_how_much_it_needs() -> None:
 
 
 def test_default_shards_grow_with_the_cache() -> None:
-    """Small caches have one shard and so one exact order; none is made of less than 16 MB or 4,096 entries."""
+    """Small caches have one shard and so one exact order; none is made of less than 4 MB or 2,048 entries."""
     assert Geometry.plan(1 << 20, None, None).shards == 1
     assert Geometry.plan(1 << 30, 1000, None).shards == 1
     assert Geometry.plan(1 << 30, None, None).shards == 16
-    for megabytes in (32, 64, 100, 256, 1000):
+    assert Geometry.plan(64 << 20, None, None).shards == 16
+    assert Geometry.plan(1 << 30, 10_000, None).shards == 4
+    for megabytes in (7, 8, 32, 64, 100, 256, 1000):
         geometry = Geometry.plan(megabytes << 20, None, None)
-        assert geometry.max_bytes // geometry.shards >= 16 << 20
+        assert geometry.max_bytes // geometry.shards >= 4 << 20
 
 
 @pytest.mark.parametrize("pattern", ["{}", "user:{}:profile", "{:032}", "{}" + "x" * 40, "x" * 40 + "{}"])
