@@ -720,6 +720,21 @@ def test_a_compare_and_swap_waits_for_another_but_not_for_one_that_is_stopped(tm
         assert guard.take() is True
 
 
+def test_a_compare_and_swap_with_a_lock_file_that_was_closed_is_an_error(tmp_path: Any) -> None:
+    """Also where the number is another file's by now: locking that would exclude nobody."""
+    words = memoryview(bytearray(8)).cast("Q")
+    file = open(tmp_path / "lock", "w")  # noqa: SIM115
+    guard = bytelock.Guard(file.fileno())
+    file.close()
+    with open(tmp_path / "another", "w") as another:
+        guard.fd = another.fileno()
+        with pytest.raises(CacheClosed):
+            primitives.compare_and_swap(words, 0, 0, 1, guard)
+    with pytest.raises(CacheClosed):
+        primitives.compare_and_swap(words, 0, 0, 1, guard)
+    assert words[0] == guard.mutex.owner == 0
+
+
 # --- interpreters ---------------------------------------------------------------------------------------------------
 def test_a_python_without_sub_interpreters_has_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def import_module(name: str) -> None:
@@ -808,3 +823,75 @@ def test_what_is_the_parents_to_finish_is_an_error_that_says_so(
             bench.shard.promote(Request())
     bench.header(layout.S_LOCK, 0)
     assert bench.cache.get("a") == "value of a"
+
+
+# --- what a process is known by -------------------------------------------------------------------------------------
+def test_what_vanished_threads_have_is_given_back() -> None:
+    mine, theirs, free = bytelock.Mutex(), bytelock.Mutex(), bytelock.Mutex()
+    own, other, nobodys = threading.RLock(), threading.RLock(), threading.RLock()
+
+    def vanish() -> None:
+        theirs.lock.acquire()
+        theirs.owner = threading.get_ident()
+        other.acquire()
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    thread.join()
+    with mine.lock, own:
+        mine.owner = threading.get_ident()
+        bytelock.release_abandoned([mine, theirs, free, own, other, nobodys])
+        assert mine.is_mine()
+        assert own._is_owned()  # type: ignore[attr-defined]
+        for lock in (theirs.lock, free.lock, other, nobodys):
+            assert lock.acquire(blocking=False)
+            lock.release()
+
+
+def test_a_child_that_waited_for_a_mutex_does_no_work_of_its_parent(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = iter((1, 2, 2))
+    monkeypatch.setattr(bytelock, "process_epoch", lambda: next(epochs))
+    with open(tmp_path / "lock", "w") as file, pytest.raises(LockTimeout, match=FORKED):
+        bytelock.under_setup_lock(file.fileno(), 1, lambda: pytest.fail("it was done"))
+
+
+def test_a_proc_of_another_pid_namespace_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert membership.pid_namespace() > 0
+    monkeypatch.setattr(os, "readlink", lambda path: "1")
+    assert membership.pid_namespace() == 0
+
+    def missing(path: str) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "readlink", missing)
+    assert membership.pid_namespace() == 0
+
+
+def test_who_runs_without_a_lock_is_given_a_second(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And after a minute another one, for it may have lost its lock once more."""
+    registry = bench.cache._attachment.registry
+    second, minute = membership.GRACE_NS, membership.DOUBT_NS
+    asked_at = iter((5, second, second + 5, minute, minute + 6))
+    monkeypatch.setattr(registry, "_runs", lambda line: True)
+    monkeypatch.setattr(membership, "precise_ns", lambda: next(asked_at))
+    assert [registry._is_given_time(7 << 48 | 1, 7) for _ in range(5)] == [True, True, False, False, True]
+
+
+def test_totals_are_the_same_while_what_a_dead_process_counted_is_added(bench: Bench) -> None:
+    registry, words = bench.cache._attachment.registry, bench.cache._attachment.words
+    words[layout.H_TOTALS] = 5
+    words[registry.line(3) + layout.P_COUNTERS] = 7
+    before = registry.counter(0)
+    words[layout.H_FOLDED] = 12
+    words[layout.H_FOLDING] = 4
+    assert registry.counter(0) == before
+    words[layout.H_TOTALS] = 12  # it died on the way
+    assert registry.counter(0) == before
+    registry._finish_fold()
+    assert registry.counter(0) == before
+    assert words[layout.H_FOLDING] == words[registry.line(3) + layout.P_COUNTERS] == 0
+    words[layout.H_FOLDING] = 1 << 40  # nonsense
+    registry._finish_fold()
+    assert words[layout.H_FOLDING] == 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from shmcache import Cache
-from tests.torture import campaign
+from tests.torture import campaign, report
 from tests.torture.interrupts import struck_within
 
 
@@ -45,3 +46,35 @@ def test_an_interrupt_counts_only_where_it_struck_the_package(make_cache: Callab
     with pytest.raises(ZeroDivisionError) as elsewhere:
         cache.set("key", 1 / 0)
     assert not struck_within(elsewhere.value)
+
+
+def test_runs_of_a_part_add_up_on_the_page() -> None:
+    def run(commit: str, kills: int, recovery: float, failures: list[str]) -> dict[str, Any]:
+        part = {
+            "name": "kills",
+            "rounds": kills,
+            "seconds": 60.0,
+            "counts": {"kills": kills},
+            "failures": failures,
+            "samples": {"recovery, a": [recovery]},
+            "skipped": None,
+            "complete": False,
+        }
+        about = {
+            "command": f"python run {kills}",
+            "commit": commit,
+            "mode": "compiled",
+            "python": "3",
+            "machine": "one",
+        }
+        return {**about, "parts": [part]}
+
+    runs = [run("first", 1000, 0.002, []), run("second", 234, 0.5, ["a worker hangs"])]
+    both = report.merged(runs)
+    [part] = both["parts"]
+    assert (part["rounds"], part["seconds"], part["counts"]) == (1234, 120.0, {"kills": 1234})
+    assert "| 1,234 kills, in 120 s | 1 |" in report.table(both, {"kills": "nothing is lost"})
+    assert "Failures: 1." in report.headlines(both)
+    assert "| recovery, a | 1 | 2.00 | – | 2.00 |" in report.durations(both)  # noqa: RUF001
+    assert "`python run 1000` at commit `first`" in report.how(runs)
+    assert "one: 2 minutes" in report.how(runs)

@@ -30,6 +30,9 @@ class Commands(click.Group):
         try:
             try:
                 return super().invoke(ctx)
+            except click.NoSuchOption as error:
+                error.message += " (a key or value that begins with a dash goes behind `--`)"
+                raise
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()

@@ -257,7 +257,10 @@ class Geometry(NamedTuple):
                 f"at least {needed} bytes are needed for the slots, the process table and one block of values each"
             )
         if words // BLOCK_WORDS > RUN_LENGTH_MASK:
-            raise ValueError(f"max_bytes={max_bytes} in {shards} shard(s): one shard has at most 64 GiB, ask for more")
+            raise ValueError(
+                f"max_bytes={max_bytes} in {shards} shard(s): a shard has at most 64 GiB, and a cache {MAX_SHARDS} "
+                f"shards, so 4 TiB in all"
+            )
         return cls(max_bytes, max_entries, shards, slots, words // BLOCK_WORDS, processes, eviction)
 
     def region(self, shard: int) -> Region:

@@ -261,8 +261,8 @@ class Registry:
         if not self._runs(line):
             return False
         now = precise_ns()
-        since = self._doubted.get(owner, 0)
-        if now - since > DOUBT_NS:
+        since = self._doubted.get(owner)
+        if since is None or now - since > DOUBT_NS:
             since = self._doubted[owner] = now
         return now - since < GRACE_NS
 

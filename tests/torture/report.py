@@ -4,13 +4,14 @@ python -m tests.torture --for 60 --json run.json
 python -m tests.torture.report run.json
 
 Parts that were run by themselves (`--only`), each with a file, make one page together, which names the commit of each.
+What several runs of a part did adds up; how long things took is shown of the first of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,23 @@ def fill_in(page: str, name: str, text: str) -> str:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of several runs as one; the last run of a part counts."""
+    """The parts of several runs as one."""
     if len({(run["mode"], run["python"], run["machine"]) for run in runs}) > 1:
         raise click.UsageError("these are runs of several modes, Pythons or machines: a page is about one")
-    parts = {part["name"]: part for run in runs for part in run["parts"]}
+    parts: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for part in run["parts"]:
+            known = parts.get(part["name"])
+            parts[part["name"]] = part if known is None else added(known, part)
     return {**runs[-1], "parts": [parts[name] for name in NAMES if name in parts]}
+
+
+def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two runs of a part as one; `samples` are those of the first: during the other the machine may have done more."""
+    counts = Counter(one["counts"])
+    counts.update(other["counts"])
+    both = {what: one[what] + other[what] for what in ("rounds", "seconds", "failures")}
+    return {**one, **both, "counts": dict(counts), "complete": one["complete"] or other["complete"]}
 
 
 def how(runs: list[dict[str, Any]]) -> str:
