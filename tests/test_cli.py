@@ -489,7 +489,7 @@ def test_wrong_usage_says_what_was_expected() -> None:
         "and None only"
     )
     assert "dict is not a key type" in failure("get", "name", "{}", "--key-type", "json", status=2)
-    assert "begins with a dash goes behind `--`" in failure("set", "name", "key", "-5", status=2)
+    assert "begins with a dash goes behind `--`." in failure("set", "name", "key", "-5", status=2)
 
 
 # --- about itself ---------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             except click.NoSuchOption as error:
-                error.message += " (a key or value that begins with a dash goes behind `--`)"
-                raise
+                said = f"{error.message} (A key or value that begins with a dash goes behind `--`.)"
+                raise click.NoSuchOption(error.option_name, said, error.possibilities, error.ctx) from None
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()
