@@ -46,7 +46,35 @@ from shmcache.errors import (
 from shmcache.memory import shortage
 from shmcache.semaphore import Sleeper
 
-__all__ = ["Unfinished", "Wish", "is_left_over", "names", "unlink"]
+__all__ = [
+    "DIRECTORY",
+    "MAX_ENTRIES",
+    "Unfinished",
+    "Wish",
+    "check_name",
+    "complete",
+    "create_segment",
+    "explained",
+    "file_name",
+    "file_paths",
+    "has_mutex",
+    "is_left_over",
+    "is_named",
+    "lock_path",
+    "mutex_of",
+    "names",
+    "open_lock_file",
+    "open_segment",
+    "random_word",
+    "remove_files",
+    "remove_if_unused",
+    "remove_lock_file_of_nothing",
+    "remove_segment",
+    "replace_used",
+    "sleeper",
+    "unlink",
+    "use",
+]
 
 DIRECTORY = Path("/dev/shm")
 if not DIRECTORY.is_dir():
