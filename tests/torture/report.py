@@ -17,12 +17,13 @@ from typing import Any
 
 import click
 
-from tests.torture.campaign import NAMES, ROOT, figures, load
+from tests.torture.campaign import NAMES, ROOT, figures, load, percentile
 
 PAGE = ROOT / "docs" / "reliability.md"
 README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "images" / "recovery.svg"
 GREY = "#808080"  # legible on white and on black
+POINTS = 200  # of a curve
 
 # What the README says of a part, with its counts; {deaths of lock holders} is a count of that name.
 HEADLINES = {
@@ -82,8 +83,8 @@ def plot(run: dict[str, Any], file: Path) -> None:
     for part in run["parts"]:
         for what, samples in sorted(part["samples"].items()):
             if what.startswith("recovery"):
-                ordered = [1e3 * each for each in sorted(samples)]
-                shares = [100 * (number + 1) / len(ordered) for number in range(len(ordered))]
+                shares = [100 * number / POINTS for number in range(1, POINTS + 1)]
+                ordered = [1e3 * percentile(samples, share / 100) for share in shares]
                 axes.step(ordered, shares, where="post", label=what.partition(", ")[2])
     axes.set_xscale("log")
     axes.set_xlabel("ms from the death of a lock's holder to the next write by another process", color=GREY)
@@ -119,7 +120,7 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Two runs of a part as one; `samples` are those of the first: during the other the machine may have done more."""
     counts = Counter(one["counts"])
-    counts.update(other["counts"])
+    counts.update({what: number for what, number in other["counts"].items() if what != "Pythons"})
     both = {what: one[what] + other[what] for what in ("rounds", "seconds", "failures")}
     return {**one, **both, "counts": dict(counts), "complete": one["complete"] or other["complete"]}
 
