@@ -37,7 +37,7 @@ def operations(costs: Costs, cores: int, shards: int, count: int, seed: int = 1)
     rng = random.Random(seed)
     weights = list(accumulate(1 / (rank + 1) for rank in range(costs.keys)))
     shard_of = [rng.randrange(shards) for _ in range(costs.keys)]
-    chosen = iter(rng.choices(shard_of, cum_weights=weights, k=count))
+    chosen = rng.choices(shard_of, cum_weights=weights, k=count)
     locked_by = [-1] * shards  # the core that had it last
     free_at = [0.0] * shards
     ready = [(rng.random() * costs.get, core) for core in range(cores)]

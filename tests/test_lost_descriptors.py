@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -15,17 +16,12 @@ from shmcache.engine.membership import pid_namespace, started
 from shmcache.engine.primitives import load, store
 from tests.conftest import Clock
 from tests.holders import hold
-from tests.processes import Child, Family, Gate, no_gc, until
-from tests.test_machine import listen, open_files
+from tests.processes import Child, Family, Gate, until
+from tests.test_machine import in_child, listen, open_files
 
 
 def close_all() -> None:
     os.closerange(3, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-
-
-def in_child(work: Callable[[], None]) -> None:
-    with no_gc():
-        assert Child(work).wait() == 0
 
 
 def test_it_attaches_anew_once(name: str) -> None:
@@ -134,9 +130,10 @@ def test_the_line_of_one_that_runs_is_not_taken_from_it(name: str) -> None:
 
 
 def close_but(gate: Gate) -> None:
-    for number in open_files():
-        if int(number) > 2 and int(number) not in (gate._read, gate._write):
-            os.close(int(number)) if os.path.exists(f"/proc/self/fd/{number}") else None
+    for number in map(int, open_files()):
+        if number > 2 and number not in (gate._read, gate._write):
+            with contextlib.suppress(OSError):  # what listed them is closed
+                os.close(number)
 
 
 def test_who_runs_is_known_by_pid_and_start() -> None:
