@@ -105,7 +105,7 @@ def collect(attachment: Attachment) -> Stats:
         entries=total(layout.S_ENTRIES),
         max_entries=geometry.max_entries,
         bytes_used=total(layout.S_USED_BYTES),
-        bytes_free=total(layout.S_FREE_BLOCKS) * layout.BLOCK_BYTES,
+        bytes_free=(total(layout.S_FREE_BLOCKS) + _spare_blocks(attachment)) * layout.BLOCK_BYTES,
         max_bytes=geometry.max_bytes,
         peak_entries=total(layout.S_PEAK_ENTRIES),
         peak_bytes=total(layout.S_PEAK_BYTES),
@@ -120,6 +120,17 @@ def collect(attachment: Attachment) -> Stats:
         processes=len(attached),
         attached=attached,
     )
+
+
+def _spare_blocks(attachment: Attachment) -> int:
+    """The blocks that wait in limbo, in all shards, for the next entry: free as well, to whoever counts."""
+    words, geometry, found = attachment.words, attachment.geometry, 0
+    for region in map(geometry.region, range(geometry.shards)):
+        run = load(words, region.header + layout.S_LIMBO)
+        if 0 < run <= geometry.blocks:
+            length = load(words, region.blocks + (run - 1) * layout.BLOCK_WORDS) >> 32 & layout.RUN_LENGTH_MASK
+            found += min(length, layout.SPARE_BLOCKS)
+    return found
 
 
 def _pid(process: ProcessStats) -> int:

@@ -12,7 +12,9 @@ cdef class Blocks:
     cdef bint is_marked_free(self, unsigned long long run) noexcept
     cdef bint holds(self, unsigned long long run, unsigned long long size) noexcept
     cdef bint reserve(self, unsigned long long size) noexcept
-    cdef bint drain(self) noexcept
+    cdef bint has_spare(self, unsigned long long length) noexcept
+    cdef void settle(self) noexcept
+    cdef void drain(self) noexcept
     cdef void write(
         self, unsigned long long run, unsigned long long skip, unsigned char* source,
         unsigned long long size) noexcept

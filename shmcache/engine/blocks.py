@@ -6,7 +6,9 @@ tell a run being freed whether the one before and the one after are free. A valu
 enough, otherwise several, so any free block serves any value and fragmentation wastes nothing.
 
 Limbo is what makes this safe to interrupt: bytes are only ever written into runs that a committed transaction took
-out of the free ones, and whatever is in limbo when the lock's owner dies is freed by the next one.
+out of the free ones, and whatever is in limbo when the lock's owner dies, the next one uses or frees. What an entry
+leaves behind goes to limbo too. There it stays if it is one short run: the next entry is often just as long, and takes
+it as it is, which saves dividing and merging free runs.
 """
 
 from __future__ import annotations
@@ -75,20 +77,30 @@ class Blocks:
             store_release(self.words, self.log + L_USED, 0)
         return True
 
-    def drain(self) -> bool:
-        """Free every run in limbo, one transaction each; False when the chain is broken."""
-        run: cython.ulonglong
+    def has_spare(self, length: cython.ulonglong) -> bool:
+        """Whether limbo is one run of just this length: then there is nothing to reserve."""
+        run: cython.ulonglong = load(self.words, self.header + S_LIMBO)
+        return run != 0 and self.used_length(run - 1) == length and not low(load(self.words, self.at(run - 1)))
+
+    def settle(self) -> None:
+        """Free what an entry left in limbo, unless it is one short run, which the next entry may use."""
+        run: cython.ulonglong = load(self.words, self.header + S_LIMBO)
+        if run and (self.used_length(run - 1) > SPARE_BLOCKS or low(load(self.words, self.at(run - 1)))):
+            self.drain()
+
+    def drain(self) -> None:
+        """Free every run in limbo, one transaction each. What is no chain is given up: `repair` finds the blocks."""
+        run: cython.ulonglong = load(self.words, self.header + S_LIMBO)
         steps: cython.ulonglong = 0
-        while True:
-            run = load(self.words, self.header + S_LIMBO)
-            if not run:
-                return True
+        while run:
             steps += 1
             if steps > self.count or not self.used_length(run - 1):
-                return False
+                store(self.words, self.header + S_LIMBO, 0)
+                return
             logged_store(self.words, self.log, self.header + S_LIMBO, low(load(self.words, self.at(run - 1))))
             self.release(run - 1)
             store_release(self.words, self.log + L_USED, 0)
+            run = load(self.words, self.header + S_LIMBO)
 
     # --- bytes ------------------------------------------------------------------------------------------------------
     def write(

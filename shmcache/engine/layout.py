@@ -86,7 +86,7 @@ COUNTERS = 8
 S_LOCK = 0  # owner id of the holder, 0 when free
 S_WAITERS = 1
 S_SUBJECT = 2  # slot + 1 whose contents are being changed
-S_LIMBO = 3  # first block + 1 of a chain that is neither free nor an entry's
+S_LIMBO = 3  # first block + 1 of a chain that is neither free nor an entry's, 0 for none
 S_STATE = 4
 S_SEQUENCE = 8  # odd while a chain loses a slot
 S_STAMP = 9  # the last version given to a slot, always even
@@ -154,6 +154,7 @@ KNOWN_KEYS = 256  # keys of dicts that are kept, a power of 2
 BLOCK_WORDS = 8
 BLOCK_BYTES = 64
 RUN_HEADER_BYTES = 8
+SPARE_BLOCKS = 64  # a longer run does not wait in limbo for the next entry: copying it is most of the work
 # The upper half of a run's header: its length and two flags.
 RUN_LENGTH_MASK = 0x3FFF_FFFF
 RUN_FREE = 0x4000_0000

@@ -14,10 +14,20 @@ try:
 except ModuleNotFoundError:
     from shmcache.engine import shim as cython
 
+if cython.compiled:
+    from cython.cimports.shmcache.engine.request import Request
+    from cython.cimports.shmcache.engine.store import Store
+else:
+    from shmcache.engine.request import Request
+    from shmcache.engine.store import Store
+
+from shmcache.codec import pack
 from shmcache.engine.store import DEFAULT
 from shmcache.errors import SerializationError
 
-__all__ = ["Memo"]
+__all__ = ["OTHERWISE", "Memo"]
+
+OTHERWISE = object()  # what `Memo.find` gives for a call whose key has to be made first
 
 
 @cython.final
@@ -43,27 +53,53 @@ class Memo:
         explain: Callable[..., None],
     ) -> None:
         self._get, self._set, self._ttl = cache.get, cache.set, ttl
+        self._store = cache if type(cache).get is Store.get else None  # else it may look for something else
         self._function = function
         self._prefix, self._tail, self._required, self._most = prefix, tail, required, most
+        self._packed = b"".join(map(pack, prefix))
         self._bind, self._explain = bind, explain
         self.hits = self.misses = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entry = self.key(args, kwargs)
-        value = self.look_up(entry, args, kwargs)
+        entry = None
+        value = self.find(args, kwargs)
+        if value is OTHERWISE:
+            entry = self.key(args, kwargs)
+            value = self.look_up(entry, args, kwargs)
         if value is DEFAULT:
             value = self._function(*args, **kwargs)
-            self._set(entry, value, self._ttl)
+            self._set(self.key(args, kwargs) if entry is None else entry, value, self._ttl)
+        return value
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is stored for a call, or DEFAULT; OTHERWISE, and nothing done, unless its key is a common one.
+
+        The key is packed where it is needed, behind the packed prefix, without a tuple of it.
+        """
+        store: Store | None = self._store
+        given: cython.longlong = len(args)
+        if store is None or kwargs or not self._required <= given <= self._most:
+            return OTHERWISE
+        value: object = OTHERWISE
+        request: Request = store._take()
+        if request.set_call_key(
+            len(self._prefix) + self._required + len(self._tail), self._packed, args, self._tail, given - self._required
+        ):
+            if store._find(request, True):
+                value = request.value(store._decode_value)
+                self.hits += 1
+            else:
+                value = DEFAULT
+                self.misses += 1
+        store._give(request)
         return value
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The key of a call with these arguments."""
-        count: cython.longlong = len(args)
-        if kwargs or not self._required <= count <= self._most:
+        given: cython.longlong = len(args)
+        if kwargs or not self._required <= given <= self._most:
             return self._bind(*args, **kwargs)
-        if self._tail:
-            return self._prefix + args + self._tail[count - self._required :]
-        return self._prefix + args
+        return self._prefix + args + self._tail[given - self._required :]
 
     def look_up(self, entry: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is stored under the key `entry` of a call, or DEFAULT; counted as a hit or a miss."""

@@ -19,7 +19,10 @@ cdef class Request(Message):
     cdef int make_room(self) except -1
     cdef void release(self)
     cdef int set_key(self, object key) except -1
-    cdef bint pack_tuple(self, tuple key) except -1
+    cdef bint set_call_key(
+        self, unsigned long long count, bytes packed, tuple args, tuple tail, long long first) except -1
+    cdef TuplePacker own_packer(self)
+    cdef void set_packed_key(self)
     cdef int set_wide_key(self, str key) except -1
     cdef object found_key(self)
     cdef int set_value(self, object value, object encode) except -1

@@ -112,8 +112,8 @@ class Request(Message):
             self.key_size = write_number(self.small, 0, 0xD3, wrap(cython.cast(cython.longlong, key)), 8)
             self.key = pointer(self.small, 0, self.key_size)
             self.key_kind = KEY_PACKED
-        elif type(key) is tuple and self.pack_tuple(key):
-            self.key_kind = KEY_PACKED
+        elif type(key) is tuple and self.own_packer().pack(key):
+            self.set_packed_key()
         else:
             packed: bytes = encode_key(key)
             self.key_size = bytes_size(packed)
@@ -124,15 +124,30 @@ class Request(Message):
             raise KeyTooLarge(f"a key has at most {MAX_KEY_BYTES:,} bytes, this one has {self.key_size:,}: hash it")
         return 0
 
-    def pack_tuple(self, key: tuple[Any, ...]) -> bool:
-        packer: TuplePacker | None = self.packer
-        if packer is None:
-            packer = self.packer = TuplePacker()
-        if not packer.pack(key):
+    def set_call_key(
+        self,
+        count: cython.ulonglong,
+        packed: bytes,
+        args: tuple[Any, ...],
+        tail: tuple[Any, ...],
+        first: cython.longlong,
+    ) -> bool:
+        """Fill in the key that `TuplePacker.pack_call` makes; False if it is not one of the common ones."""
+        if not self.own_packer().pack_call(count, packed, args, tail, first):
             return False
+        self.set_packed_key()
+        return True
+
+    def own_packer(self) -> TuplePacker:
+        if self.packer is None:
+            self.packer = TuplePacker()
+        return self.packer
+
+    def set_packed_key(self) -> None:
+        packer: TuplePacker = self.own_packer()
         self.key_size = packer.size
         self.key = pointer(packer.room, packer.start, packer.size)
-        return True
+        self.key_kind = KEY_PACKED
 
     def set_wide_key(self, key: str) -> int:
         try:

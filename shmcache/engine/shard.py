@@ -168,10 +168,14 @@ class Shard:
         if cython.compiled:
             self.enter(timeout_ns)
             try:
-                return self.inspect_locked(self, rebuild)
+                return self.drain_and_inspect_locked(rebuild)
             finally:
                 self.leave()
-        return self.alone(self.enter_and, timeout_ns, self.inspect_locked, self, rebuild)
+        return self.alone(self.enter_and, timeout_ns, self.drain_and_inspect_locked, rebuild)
+
+    def drain_and_inspect_locked(self, rebuild: bool) -> list[str]:
+        self.blocks.drain()  # so that every block is free or an entry's
+        return self.inspect_locked(self, rebuild)
 
     def run_one(self, request: Request, now: cython.ulonglong, timeout_ns: cython.ulonglong) -> int:
         """Take the lock and perform one request; its status. Raises LockTimeout."""
@@ -332,7 +336,9 @@ class Shard:
     def put_locked(self, request: Request, found: cython.ulonglong, now: cython.ulonglong) -> int:
         """Store the request's value: in the slot `found - 1`, or a new one if 0. Evicts as far as needed."""
         size: cython.ulonglong = request.key_size + request.head_size + request.body_size
-        blocks: cython.ulonglong = (size + RUN_HEADER_BYTES + BLOCK_BYTES - 1) // BLOCK_BYTES
+        length: cython.ulonglong = (size + RUN_HEADER_BYTES + BLOCK_BYTES - 1) // BLOCK_BYTES  # of a single run
+        blocks: cython.ulonglong = length  # that have to be free
+        missing: cython.ulonglong
         victim: cython.ulonglong
         entries: cython.ulonglong
         if size > self.max_entry:
@@ -349,22 +355,23 @@ class Shard:
                     return FULL
                 if not self.evict_locked(now):
                     return CORRUPT
-        while True:
+        while not self.blocks.has_spare(length):
+            self.blocks.drain()
             if blocks > self.blocks.count or load(self.words, self.header + S_FREE_BLOCKS) > self.blocks.count:
                 return CORRUPT  # it cannot take more than there are
-            while load(self.words, self.header + S_FREE_BLOCKS) < blocks:
+            if load(self.words, self.header + S_FREE_BLOCKS) < blocks:
                 victim = self.evict_locked(now)
                 if not victim:
                     return CORRUPT
                 if victim == found:
                     found = 0
-            if self.blocks.reserve(size):
+            elif self.blocks.reserve(size):
                 break
-            # So many pieces that their headers took the room: give them back and free that much more.
-            blocks = (size - self.blocks.reserved) // BLOCK_BYTES + 1
-            if not self.blocks.drain():
-                return CORRUPT
-            blocks += load(self.words, self.header + S_FREE_BLOCKS)
+            else:
+                # So many pieces that their headers took the room: give them back and free that much more.
+                missing = (size - self.blocks.reserved) // BLOCK_BYTES + 1
+                self.blocks.drain()
+                blocks = load(self.words, self.header + S_FREE_BLOCKS) + missing
         self.write_entry(request)
         if found:
             return self.overwrite_locked(request, found - 1)
@@ -411,7 +418,7 @@ class Shard:
         return DONE
 
     def overwrite_locked(self, request: Request, slot: cython.ulonglong) -> int:
-        """Swap what is in limbo with what the slot has, then free that."""
+        """Swap what is in limbo with what the slot has."""
         word: cython.ulonglong = self.at(slot)
         before: cython.ulonglong = low(load(self.words, word + E_PLACE))
         size: cython.ulonglong = request.key_size + low(load(self.words, word + E_SIZES))
@@ -423,7 +430,8 @@ class Shard:
         self.journal.add(S_USED_BYTES, wrap(request.key_size + request.head_size + request.body_size - size))
         self.journal.commit(slot)
         self.peak_locked()
-        return DONE if self.blocks.drain() else CORRUPT
+        self.blocks.settle()
+        return DONE
 
     def touch_locked(self, request: Request, slot: cython.ulonglong) -> int:
         """Give the slot the request's expiry."""
@@ -460,6 +468,7 @@ class Shard:
         sequence: cython.ulonglong = load(self.words, self.header + S_SEQUENCE)
         if not low(load(self.words, word + E_PLACE)):
             return CORRUPT  # so every removal makes a used slot a free one, and no number of them is endless
+        self.blocks.drain()
         store(self.words, self.header + S_SEQUENCE, sequence | 1)
         self.journal.begin(slot)
         if not self.table.unlink(slot):
@@ -474,7 +483,8 @@ class Shard:
         self.journal.add(S_USED_BYTES, wrap(0 - (high(sizes) & 0xFFFF) - low(sizes)))
         self.journal.commit(slot)
         store_release(self.words, self.header + S_SEQUENCE, (sequence | 1) + 1)
-        return DONE if self.blocks.drain() else CORRUPT
+        self.blocks.settle()
+        return DONE
 
     def evict_locked(self, now: cython.ulonglong) -> int:
         """Remove an expired entry if one is found, otherwise the policy's victim; its slot plus 1, 0 for none."""
@@ -638,7 +648,6 @@ class Shard:
         """Whether the last owner of the lock left something unfinished."""
         return (
             load(self.words, self.header + S_SUBJECT)
-            | load(self.words, self.header + S_LIMBO)
             | load(self.words, self.header + S_STATE)
             | load(self.words, self.log + L_USED)
             | (load(self.words, self.header + S_SEQUENCE) & 1)
@@ -649,8 +658,6 @@ class Shard:
         state: cython.ulonglong = load(self.words, self.header + S_STATE)
         if state == STATE_READY:
             self.journal.roll_back()
-            if not self.blocks.drain():  # no chain at all: `check` finds the blocks, `repair` frees them
-                store(self.words, self.header + S_LIMBO, 0)
         elif state == STATE_CLEARING:
             self.format_locked()
         else:

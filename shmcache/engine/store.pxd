@@ -19,7 +19,7 @@ cdef class Store:
     cdef unsigned long long _read_clock(self) except? 0
     cdef list[Shard] _here(self)
     cdef int _set_ttl(self, Request request, object ttl, unsigned long long now) except -1
-    cdef int _find(self, Request request, object key, bint wants_value) except -1
+    cdef int _find(self, Request request, bint wants_value) except -1
     cdef int _change(self, Request request, int op, unsigned long long now) except -1
     cdef int _read_locked(self, Request request, Shard shard, int op, unsigned long long now) except -1
     cdef int _make_way(self, Request request, list[Shard] shards, unsigned long long now) except -1

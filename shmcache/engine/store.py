@@ -3,7 +3,7 @@
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
-back, `reader.py` and `shard.py` do the rest. A `get` goes: `_find`, `_now`, `Request.set_key`, `Reader.read`, perhaps
+back, `reader.py` and `shard.py` do the rest. A `get` goes: `Request.set_key`, `_find`, `_now`, `Reader.read`, perhaps
 `Shard.promote`, `Request.value`. A `set` goes: `_put`, `_now`, `Request.set_key` and `set_value`, `_change`,
 `Shard.run_one`, `enter`, `perform_locked`, `put_locked` (evict, reserve blocks, write), `insert_locked` or
 `overwrite_locked`, `leave`.
@@ -162,7 +162,8 @@ class Store:
     def get(self, key: object, default: Any = None) -> Any:
         """The value of `key`, or `default` if it is missing or expired. A stored None is a hit."""
         request: Request = self._take()
-        if self._find(request, key, True):
+        request.set_key(key)
+        if self._find(request, True):
             default = request.value(self._decode_value)
         self._give(request)
         return default
@@ -171,7 +172,8 @@ class Store:
         """The value of `key` and its version for `cas`; `(default, None)` if it is missing."""
         request: Request = self._take()
         answer: tuple[Any, int | None] = (default, None)
-        if self._find(request, key, True):
+        request.set_key(key)
+        if self._find(request, True):
             answer = (request.value(self._decode_value), request.version)
         self._give(request)
         return answer
@@ -181,20 +183,23 @@ class Store:
         request: Request = self._take()
         found = {}
         for key in _several(keys):
-            if self._find(request, key, True):
+            request.set_key(key)
+            if self._find(request, True):
                 found[key] = request.value(self._decode_value)
         self._give(request)
         return found
 
     def __contains__(self, key: object) -> bool:
         request: Request = self._take()
-        found: cython.bint = self._find(request, key, False) != 0
+        request.set_key(key)
+        found: cython.bint = self._find(request, False) != 0
         self._give(request)
         return found
 
     def __getitem__(self, key: object) -> Any:
         request: Request = self._take()
-        if not self._find(request, key, True):
+        request.set_key(key)
+        if not self._find(request, True):
             self._give(request)
             raise KeyError(key)
         value = request.value(self._decode_value)
@@ -204,7 +209,8 @@ class Store:
     def ttl(self, key: object) -> float | None:
         """Seconds until `key` expires, None if it never does; raises KeyError if it is missing."""
         request: Request = self._take()
-        if not self._find(request, key, False):
+        request.set_key(key)
+        if not self._find(request, False):
             self._give(request)
             raise KeyError(key)
         left: float | None = (request.expiry - request.now) / 1e9 if request.expiry else None
@@ -262,7 +268,8 @@ class Store:
         """Remove `key` and return its value: exactly one of several callers gets it. KeyError without `default`."""
         request: Request = self._take()
         now: cython.ulonglong
-        while self._find(request, key, True):
+        request.set_key(key)
+        while self._find(request, True):
             value = request.value(self._decode_value)
             now = self._now()
             if self._change(request, OP_DELETE_VERSION, now) == DONE:
@@ -626,13 +633,14 @@ class Store:
     def _closed_error(self) -> Exception:
         return CacheClosed("this cache is closed: make a new Cache object of the same name to go on")
 
-    def _find(self, request: Request, key: object, wants_value: cython.bint) -> int:
-        """Look `key` up and count it: 1 with, if wanted, a copy of the value in the request, or 0."""
+    def _find(self, request: Request, wants_value: cython.bint) -> int:
+        """Look the request's key up and count it: 1 with, if wanted, a copy of the value in the request, or 0."""
         now: cython.ulonglong = self._now()
         request.now = now
         request.wants_value = wants_value
-        request.set_key(key)
-        shards = self._shards or self._here()
+        shards: list[Shard] = self._shards
+        if not shards:
+            shards = self._here()
         shard: Shard = shard_of(request, shards)
         status: cython.int = shard.reader.read(request, now)
         if status == BUSY:
