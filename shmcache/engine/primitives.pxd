@@ -72,6 +72,11 @@ cdef extern from * nogil:
         memmove(d + dat, s + sat, n);
         return 1;
     }
+    static inline void shm_prefetch_at(const unsigned char *d, shm_word size, shm_word at, shm_word n) {
+        shm_word end;
+        if (SHM_UNLIKELY(!shm_bytes_inside(size, at, n))) return;
+        for (end = at + n; at < end; at += 64) __builtin_prefetch(d + at);
+    }
     static inline int shm_same_at(const unsigned char *d, shm_word size, shm_word at, const unsigned char *b, shm_word n) {
         if (SHM_UNLIKELY(!shm_bytes_inside(size, at, n))) return 0;
         return memcmp(d + at, b, n) == 0;
@@ -155,6 +160,7 @@ cdef extern from * nogil:
     #define shm_fence_release() __atomic_thread_fence(__ATOMIC_RELEASE)
     #define shm_copy_in(d, at, from, n) shm_copy_in_at(SHM_BYTES(d), at, from, n)
     #define shm_copy(d, dat, s, sat, n) shm_copy_at(SHM_BYTES(d), dat, SHM_BYTES(s), sat, n)
+    #define shm_prefetch(d, at, n) shm_prefetch_at(SHM_BYTES(d), at, n)
     #define shm_same_bytes(d, at, b, n) shm_same_at(SHM_BYTES(d), at, b, n)
     #define shm_write_number(d, at, m, x, n) shm_put_number(SHM_BYTES(d), at, m, x, n)
     #define shm_read_number(d, at, n) shm_get_number(SHM_BYTES(d), at, n)
@@ -196,6 +202,8 @@ cdef extern from * nogil:
     bint copy "shm_copy"(
         unsigned char[::1] target, unsigned long long at, unsigned char[::1] source, unsigned long long start,
         unsigned long long size) noexcept
+    void prefetch "shm_prefetch"(
+        unsigned char[::1] data, unsigned long long at, unsigned long long size) noexcept
     bint same_bytes "shm_same_bytes"(
         unsigned char[::1] data, unsigned long long at, unsigned char* other, unsigned long long size) noexcept
     unsigned char* pointer "shm_pointer"(
@@ -258,7 +266,8 @@ cdef extern from *:
         shm_word bits = 0, part;
         Py_ssize_t i;
         for (i = 0; i + 8 <= size; i += 8) { memcpy(&part, bytes + i, 8); bits |= part; }
-        for (; i < size; i++) bits |= (unsigned char)bytes[i];
+        if (size >= 8) { memcpy(&part, bytes + size - 8, 8); bits |= part; }  /* the rest, some of it again */
+        else for (; i < size; i++) bits |= (unsigned char)bytes[i];
         return !(bits & 0x8080808080808080ULL);
     }
     static inline PyObject *shm_decode(const char *bytes, Py_ssize_t size) {

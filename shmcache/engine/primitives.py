@@ -152,6 +152,10 @@ def copy(target: memoryview, at: int, source: memoryview, start: int, size: int)
     return True
 
 
+def prefetch(data: memoryview, at: int, size: int) -> None:
+    """Ask the processor to fetch these bytes while it does something else."""
+
+
 def same_bytes(data: memoryview, at: int, other: bytes, size: int) -> bool:
     return at + size <= len(data) and data[at : at + size] == other[:size]
 

@@ -14,6 +14,6 @@ cdef class Reader:
     cdef int read(self, Request request, unsigned long long now) except -1
     cdef int read_again(self, Request request, unsigned long long now, int status) except -1
     cdef int read_once(self, Request request, unsigned long long now) noexcept
-    cdef int copy_value(self, Request request, unsigned long long run) noexcept
-    cdef int copy_whole(self, Request request, unsigned long long run) noexcept
+    cdef int copy_value(self, Request request, unsigned long long run, unsigned long long at) noexcept
+    cdef int copy_whole(self, Request request, unsigned long long run, unsigned long long at) noexcept
     cdef int read_slot(self, Request request, unsigned long long slot, unsigned long long now) noexcept

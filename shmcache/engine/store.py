@@ -3,8 +3,8 @@
 """The face of the engine: Python objects in, Python objects out, one crossing from Python per operation.
 
 Here the clock is read, the shard is chosen and hits are counted; `request.py` turns keys and values into bytes and
-back, `reader.py` and `shard.py` do the rest. A `get` goes: `Request.set_key`, `_find`, `_now`, `Reader.read`, perhaps
-`Shard.promote`, `Request.value`. A `set` goes: `_put`, `_now`, `Request.set_key` and `set_value`, `_change`,
+back, `reader.py` and `shard.py` do the rest. A `get` goes: `Request.set_key`, `_find`, `_now`, `Reader.read_once`,
+perhaps `Shard.promote`, `Request.value`. A `set` goes: `_put`, `_now`, `Request.set_key` and `set_value`, `_change`,
 `Shard.run_one`, `enter`, `perform_locked`, `put_locked` (evict, reserve blocks, write), `insert_locked` or
 `overwrite_locked`, `leave`.
 
@@ -642,15 +642,18 @@ class Store:
         if not shards:
             shards = self._here()
         shard: Shard = shard_of(request, shards)
-        status: cython.int = shard.reader.read(request, now)
-        if status == BUSY:
-            status = self._read_locked(request, shard, OP_READ, now)
+        status: cython.int = shard.reader.read_once(request, now)
+        if status == BUSY or status == NO_ROOM:
+            status = shard.reader.read_again(request, now, status)
+            if status == BUSY:
+                status = self._read_locked(request, shard, OP_READ, now)
         if status == DONE:
             if shard.order.is_stale(request.slot):
                 shard.promote(request)
             self._member.count(C_HITS, 1)
             return 1
-        self._raise_for(status)
+        if status >= CORRUPT:
+            self._raise_for(status)
         self._member.count(C_MISSES, 1)
         return 0
 
