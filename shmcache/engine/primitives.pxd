@@ -158,6 +158,7 @@ cdef extern from * nogil:
     #define shm_store_seq_cst(v, i, x) shm_store_seq_cst_at(SHM_VIEW(v), i, x)
     #define shm_fence_acquire() __atomic_thread_fence(__ATOMIC_ACQUIRE)
     #define shm_fence_release() __atomic_thread_fence(__ATOMIC_RELEASE)
+    #define shm_size_of(d) (shm_word)(d).shape[0]
     #define shm_copy_in(d, at, from, n) shm_copy_in_at(SHM_BYTES(d), at, from, n)
     #define shm_copy(d, dat, s, sat, n) shm_copy_at(SHM_BYTES(d), dat, SHM_BYTES(s), sat, n)
     #define shm_prefetch(d, at, n) shm_prefetch_at(SHM_BYTES(d), at, n)
@@ -197,6 +198,7 @@ cdef extern from * nogil:
     void fence_release "shm_fence_release"() noexcept
     void pause "shm_pause"() noexcept
 
+    unsigned long long size_of "shm_size_of"(unsigned char[::1] data) noexcept
     bint copy_in "shm_copy_in"(
         unsigned char[::1] data, unsigned long long at, unsigned char* source, unsigned long long size) noexcept
     bint copy "shm_copy"(

@@ -138,6 +138,9 @@ def lowest_bit(word: int) -> int:
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
+size_of = len
+
+
 def copy_in(data: memoryview, at: int, source: bytes, size: int) -> bool:
     if at + size > len(data):
         return False

@@ -113,11 +113,7 @@ class Reader:
                         request.expiry = load(self.words, word + E_EXPIRY)
                         status = DONE
                         if request.wants_value and (request.expiry == 0 or request.expiry > now):
-                            if (
-                                at
-                                and request.value_size < LARGE
-                                and request.value_size <= cython.cast(cython.ulonglong, len(request.scratch))
-                            ):
+                            if at and request.value_size < LARGE and request.value_size <= size_of(request.scratch):
                                 request.is_whole = False
                                 copy(request.scratch, 0, self.data, at + request.key_size, request.value_size)
                             else:
@@ -153,9 +149,11 @@ class Reader:
             status = self.copy_whole(request, run, at)
             if status != NO_ROOM:
                 return status
-        if size > cython.cast(cython.ulonglong, len(request.scratch)):
+        if size > size_of(request.scratch):
             request.room = size
-            return NO_ROOM
+            if cython.compiled:
+                return NO_ROOM
+            request.make_room()  # here an exception may pass, and each operation begins without room
         return DONE if self.blocks.read(run, request.key_size, request.scratch_memory, 0, size) else CORRUPT
 
     def copy_whole(self, request: Request, run: cython.ulonglong, at: cython.ulonglong) -> int:
@@ -205,7 +203,7 @@ class Reader:
         size = request.key_size + request.value_size
         if size > self.max_entry:
             status = CORRUPT
-        elif size > cython.cast(cython.ulonglong, len(request.scratch)):
+        elif size > size_of(request.scratch):
             request.room = size
             status = NO_ROOM if self.blocks.holds(run - 1, size) else CORRUPT
         elif not self.blocks.read(run - 1, 0, request.scratch_memory, 0, size):

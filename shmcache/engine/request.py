@@ -77,7 +77,7 @@ class Request(Message):
 
     def make_room(self) -> int:
         """Make `scratch` at least `room` bytes long; its contents are lost."""
-        if cython.cast(cython.ulonglong, len(self.scratch)) < self.room:
+        if size_of(self.scratch) < self.room:
             self.scratch_memory = bytearray(max(self.room, SCRATCH))
             self.scratch = memoryview(self.scratch_memory)
         return 0
