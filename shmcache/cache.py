@@ -13,7 +13,6 @@ from shmcache import attachment as attachments
 from shmcache import segment
 from shmcache.attachment import Attachment
 from shmcache.batch import Batch
-from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
 from shmcache.errors import CacheClosed, CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
@@ -21,6 +20,7 @@ from shmcache.log import warn
 from shmcache.segment import Wish
 
 if TYPE_CHECKING:
+    from shmcache.codec import Codec, Serializer
     from shmcache.memoize import Memoized, P
     from shmcache.stats import EntryInfo, Stats
 
@@ -51,6 +51,23 @@ def parse_size(size: int | str, name: str = "max_bytes") -> int:
     if not 0 < size < 1 << 63:
         raise ValueError(f"{name}={size!r}: expected more than 0 bytes and less than 8 EiB")
     return size
+
+
+class _MsgpackLater:
+    """The codec of msgpack, whose import takes milliseconds, from the first value on that needs it: few do."""
+
+    def encode(self, value: object) -> bytes:
+        return self._become_codec().encode(value)
+
+    def decode(self, data: bytes) -> object:
+        return self._become_codec().decode(data)
+
+    def _become_codec(self) -> Codec:
+        from shmcache.codec import Codec
+
+        codec = Codec()
+        self.encode, self.decode = codec.encode, codec.decode  # type: ignore[method-assign]
+        return codec
 
 
 class Cache(Store):
@@ -89,7 +106,11 @@ class Cache(Store):
         clock: Callable[[], int] | None = None,
         _create: bool = True,
     ) -> None:
-        codec = Codec(serializer)
+        codec: Codec | _MsgpackLater = _MsgpackLater()
+        if serializer != "msgpack":
+            from shmcache.codec import Codec  # seldom
+
+            codec = Codec(serializer)
         if isinstance(lock_timeout, bool) or not isinstance(lock_timeout, (int, float)):
             raise TypeError(f"lock_timeout is a number of seconds, not {type(lock_timeout).__name__}")
         if not 0 < lock_timeout <= 86_400:
@@ -98,7 +119,7 @@ class Cache(Store):
             raise TypeError(f"ephemeral is True or False, not {ephemeral!r}")
         if clock is not None and not callable(clock):
             raise TypeError(f"clock is a function that returns ns, not {type(clock).__name__} ({clock!r})")
-        super().__init__(codec.encode, codec.decode, lock_timeout, clock)
+        super().__init__(codec, lock_timeout, clock)
         self._wish = Wish(
             name=name,
             create=_create,

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Self
 
 import posix_ipc
@@ -151,7 +150,7 @@ _lock_files: weakref.WeakValueDictionary[tuple[int, int] | None, LockFile] = wea
 _used: dict[tuple[int, int] | None, LockFile] = {}  # held, or a collector would make us forget one that is still locked
 
 
-def open_file(path: Path | str, flags: int) -> Descriptor:
+def open_file(path: str, flags: int) -> Descriptor:
     """Open a file that a forked child inherits and another program does not."""
     return _owned(map(os.open, [path], [flags | os.O_CLOEXEC], [0o600]))
 
@@ -188,7 +187,7 @@ def identity_of(number: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def open_lock_file(path: Path, flags: int) -> LockFile:
+def open_lock_file(path: str, flags: int) -> LockFile:
     """The one this process has open, or a new one. The caller excludes other threads that want the same file."""
     if (known := _known(path)) is not None:
         return known
@@ -201,14 +200,14 @@ def open_lock_file(path: Path, flags: int) -> LockFile:
     return lock_file
 
 
-def is_open(path: Path) -> bool:
+def is_open(path: str) -> bool:
     """Whether this process has this lock file open."""
     return _known(path) is not None
 
 
-def _known(path: Path) -> LockFile | None:
+def _known(path: str) -> LockFile | None:
     try:
-        status = path.lstat()
+        status = os.lstat(path)
     except FileNotFoundError:
         return None
     known = _lock_files.get((status.st_dev, status.st_ino))

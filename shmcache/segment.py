@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import posix_ipc
@@ -43,7 +42,6 @@ from shmcache.errors import (
     SharedMemoryUnavailable,
     ShmcacheError,
 )
-from shmcache.memory import shortage
 from shmcache.semaphore import Sleeper
 
 __all__ = [
@@ -76,11 +74,11 @@ __all__ = [
     "use",
 ]
 
-DIRECTORY = Path("/dev/shm")
-if not DIRECTORY.is_dir():
+DIRECTORY = "/dev/shm"
+if not os.path.isdir(DIRECTORY):
     import tempfile  # seldom
 
-    DIRECTORY = Path(tempfile.gettempdir())
+    DIRECTORY = tempfile.gettempdir()
 MAX_NAME = 100
 MAX_ENTRIES = (1 << 31) - 1  # a slot's number + 1 has 31 bits, for `layout.WHEEL_FIRST` is the next
 RESERVE_STEP = 4 * 2**20  # bytes
@@ -131,8 +129,11 @@ def has_mutex() -> bool:
 def names() -> list[str]:
     """The names of all caches of this user. Anybody may put files of any name beside them, even with control codes."""
     prefix = file_name("")
-    found = (path.name[len(prefix) : -len(_LOCK_SUFFIX)] for path in DIRECTORY.glob(f"{prefix}*{_LOCK_SUFFIX}"))
-    return sorted(name for name in found if len(name) <= MAX_NAME and _NAME.match(name))
+    found = []
+    with contextlib.suppress(OSError):
+        found = [file for file in os.listdir(DIRECTORY) if file.startswith(prefix) and file.endswith(_LOCK_SUFFIX)]
+    caches = (file[len(prefix) : -len(_LOCK_SUFFIX)] for file in found)
+    return sorted(name for name in caches if len(name) <= MAX_NAME and _NAME.match(name))
 
 
 def check_name(name: str) -> None:
@@ -151,20 +152,20 @@ def file_name(name: str) -> str:
     return f"shmcache-{os.geteuid()}-{name}"
 
 
-def lock_path(name: str) -> Path:
-    return DIRECTORY / (file_name(name) + _LOCK_SUFFIX)
+def lock_path(name: str) -> str:
+    return os.path.join(DIRECTORY, file_name(name) + _LOCK_SUFFIX)
 
 
 def sleeper(name: str, shard: int) -> Sleeper:
     """The semaphore of a shard."""
     semaphore = f"{file_name(name)}~{shard}"
-    return Sleeper(f"/{semaphore}", DIRECTORY / f"sem.{semaphore}")
+    return Sleeper(f"/{semaphore}", os.path.join(DIRECTORY, f"sem.{semaphore}"))
 
 
 def file_paths(name: str, shards: int) -> list[str]:
     """Every file a cache may have, the lock file last."""
-    semaphores = [str(sleeper(name, number).path) for number in range(shards)]
-    return [str(DIRECTORY / file_name(name)), *semaphores, str(lock_path(name))]
+    semaphores = [sleeper(name, number).path for number in range(shards)]
+    return [os.path.join(DIRECTORY, file_name(name)), *semaphores, lock_path(name)]
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Unfinished(Exception):
 def open_segment(wish: Wish, lock_file: LockFile) -> tuple[Descriptor, Geometry]:
     """With the setup lock: the segment of a live cache, validated. Raises CacheNotFound, Unfinished and others."""
     name = wish.name
-    path = DIRECTORY / file_name(name)
+    path = os.path.join(DIRECTORY, file_name(name))
     _refuse_strangers(path)
     try:
         segment = descriptors.open_shared_memory("/" + file_name(name), _NONBLOCK)
@@ -228,7 +229,7 @@ def open_segment(wish: Wish, lock_file: LockFile) -> tuple[Descriptor, Geometry]
 def _validated(segment: Descriptor, wish: Wish, lock_file: LockFile) -> Geometry:
     name = wish.name
     status = os.fstat(segment.fileno())
-    _check_owner(status, DIRECTORY / file_name(name))
+    _check_owner(status, os.path.join(DIRECTORY, file_name(name)))
     header = _read_header(segment, status.st_size, name)
     if header[layout.H_LOCK_FILE] != os.fstat(lock_file.fd).st_ino:
         raise Unfinished  # its lock file was removed by hand; those who use it will notice and come here
@@ -323,16 +324,16 @@ def explained(error: Exception, name: str) -> ShmcacheError:
     return SharedMemoryUnavailable(number, f"{what}: {hint}")
 
 
-def _refuse_strangers(path: Path) -> None:
+def _refuse_strangers(path: str) -> None:
     """Raise IncompatibleSegment if what has this name is not a file of this user, without opening it.
 
     Opening somebody else's file may take as long as they like: who has a lease on it is asked first, for 45 s.
     """
     with contextlib.suppress(FileNotFoundError):
-        _check_owner(path.lstat(), path)
+        _check_owner(os.lstat(path), path)
 
 
-def _check_owner(status: os.stat_result, path: Path) -> None:
+def _check_owner(status: os.stat_result, path: str) -> None:
     user = os.geteuid()
     if stat.S_ISREG(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077 and status.st_nlink <= 1:
         return
@@ -380,7 +381,8 @@ def replace_used(lock_file: LockFile, name: str) -> bool:
     """
     if os.fstat(lock_file.fd).st_size == 0:
         return False
-    lock_path(name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(lock_path(name))
     return True
 
 
@@ -448,6 +450,8 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
     )
     if total and size > free:
         raise no_room
+    from shmcache.memory import shortage  # seldom
+
     if (short := shortage(size)) is not None:  # asking the kernel for it would wake the OOM killer
         raise SegmentTooLarge(
             f"{asked} the memory limit of {short.whose}, {short.limit:,} bytes, leaves {short.left:,}. Ask for a "
@@ -508,7 +512,7 @@ def remove_files(name: str) -> set[str]:
     for number in range(layout.MAX_SHARDS):
         sleeper(name, number).unlink()
     with contextlib.suppress(FileNotFoundError, PermissionError):
-        lock_path(name).unlink()
+        os.unlink(lock_path(name))
         removed.add("lock file")
     return removed
 
@@ -520,9 +524,9 @@ def remove_segment(name: str) -> None:
 
 def remove_lock_file_of_nothing(name: str, lock_file: LockFile) -> None:
     """With the setup lock: after a creation that did not come to its segment. Nobody has done anything with it."""
-    if not os.fstat(lock_file.fd).st_size and not os.path.lexists(DIRECTORY / file_name(name)):
+    if not os.fstat(lock_file.fd).st_size and not os.path.lexists(os.path.join(DIRECTORY, file_name(name))):
         with contextlib.suppress(OSError):
-            lock_path(name).unlink()
+            os.unlink(lock_path(name))
 
 
 def remove_if_unused(name: str, identity: tuple[int, int] | None) -> None:

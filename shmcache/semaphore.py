@@ -19,7 +19,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import posix_ipc
@@ -38,7 +37,7 @@ class Sleeper:
 
     _semaphore: posix_ipc.Semaphore | None = None  # also of one whose making was interrupted
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, path: str) -> None:
         self.name = name
         self.path = path
         self._waitable: int | None = None  # its address, 0 if it cannot be had
@@ -120,7 +119,7 @@ class Sleeper:
     def _is_ours(self) -> bool:
         """Whether nobody else can cut the file short under us, which would be a SIGBUS."""
         try:
-            status = self.path.lstat()
+            status = os.lstat(self.path)
         except FileNotFoundError:
             return not _HAS_FILES
         return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def make_cache() -> Iterator[Callable[..., Cache]]:
 
 def files_left() -> list[str]:
     """Files of this test process's caches in /dev/shm."""
-    return sorted(path.name for path in segment.DIRECTORY.glob(f"*test-{os.getpid()}-*"))
+    return sorted(path.name for path in Path(segment.DIRECTORY).glob(f"*test-{os.getpid()}-*"))
 
 
 @pytest.fixture(autouse=True)

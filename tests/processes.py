@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -61,7 +62,7 @@ class Gate:
 
 def files(name: str) -> list[str]:
     """The files of a cache, whatever kind."""
-    return sorted(path.name for path in segment.DIRECTORY.glob(f"*{name}*"))
+    return sorted(path.name for path in Path(segment.DIRECTORY).glob(f"*{name}*"))
 
 
 def read(fd: int, size: int = 1) -> bytes:

@@ -48,7 +48,7 @@ def test_an_object_that_moves_drops_no_lock_of_one_that_has_not(name: str) -> No
     """The segment is removed, not its lock file, which who moves looks at once more."""
     clocks = Clock(), Clock()
     with Cache(name, max_bytes=SMALL, clock=clocks[0]) as first, Cache(name, clock=clocks[1]) as second:
-        (segment.DIRECTORY / segment.file_name(name)).unlink()
+        (Path(segment.DIRECTORY) / segment.file_name(name)).unlink()
         clocks[0].advance(1)
         first.set("key", 1)
         assert first._attachment is not second._attachment
@@ -68,7 +68,7 @@ def test_an_object_that_moves_drops_no_lock_of_one_that_has_not(name: str) -> No
 def test_an_unlinked_cache_is_held_while_the_name_is_unlinked_or_looked_at(name: str) -> None:
     clock = Clock()
     with Cache(name, max_bytes=SMALL, clock=clock) as cache:
-        (segment.DIRECTORY / segment.file_name(name)).unlink()
+        (Path(segment.DIRECTORY) / segment.file_name(name)).unlink()
         assert not segment.is_left_over(name, 1.0)
         assert is_held(cache)
         assert segment.unlink(name)
@@ -175,7 +175,7 @@ def test_a_child_that_closes_its_caches_drops_nothing_of_its_parent(make_cache: 
 def test_unlinking_waits_for_a_creation_that_began_after_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no lock file when `unlink` looks for it; then a creator comes, and has made its segment but not all."""
     Cache(name, max_bytes=SMALL).close()
-    segment.lock_path(name).unlink()
+    Path(segment.lock_path(name)).unlink()
     real = segment.open_lock_file
     creators: list[Child] = []
 
@@ -208,7 +208,7 @@ def test_unlinking_what_is_left_of_a_cache(name: str, kept: str) -> None:
     own = segment.file_name(name)
     for file in files(name):
         if file != {"segment": own, "lock file": f"{own}~lock", "semaphores": f"sem.{own}~0"}[kept]:
-            (segment.DIRECTORY / file).unlink()
+            (Path(segment.DIRECTORY) / file).unlink()
     assert len(files(name)) == 1
     assert segment.unlink(name) is (kept != "semaphores")
     assert files(name) == []
@@ -377,7 +377,7 @@ def test_unlinking_and_making_anew_a_hundred_times_leaks_nothing(name: str) -> N
             if number % 2:
                 segment.unlink(name)
             else:
-                (segment.DIRECTORY / segment.file_name(name)).unlink()
+                (Path(segment.DIRECTORY) / segment.file_name(name)).unlink()
             for clock, cache in zip(clocks, (first, second), strict=True):
                 clock.advance(1)
                 cache.set("key", number)
@@ -452,7 +452,7 @@ def test_an_object_that_only_attaches_has_no_cache_until_there_is_one_again(name
     clock = Clock()
     creator = Cache(name, max_bytes=SMALL)
     with Cache.attach(name, clock=clock) as cache:
-        assert Path(segment.DIRECTORY / segment.file_name(name)).exists()
+        assert Path(segment.DIRECTORY, segment.file_name(name)).exists()
         creator.unlink()
         clock.advance(1)
         for _ in range(2):
@@ -475,7 +475,7 @@ def test_what_gets_the_number_of_a_descriptor_that_closes_itself_is_not_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one thread looks whose the open files are, another one closes its own and opens something else."""
-    ours = descriptors.open_file(tmp_path / "ours", os.O_RDWR | os.O_CREAT)
+    ours = descriptors.open_file(str(tmp_path / "ours"), os.O_RDWR | os.O_CREAT)
     number, truly = ours.fileno(), descriptors.identity_of
     theirs: list[int] = []
 

@@ -115,7 +115,7 @@ def test_ls_counts_nobody_where_nobody_is(name: str) -> None:
 
 def test_ls_says_what_it_cannot_open(name: str) -> None:
     Cache(name, max_bytes="1MB").close()
-    (segment.DIRECTORY / segment.file_name(name)).write_bytes(b"no cache" * 1000)
+    (Path(segment.DIRECTORY) / segment.file_name(name)).write_bytes(b"no cache" * 1000)
     done = run("ls")
     assert done.returncode == 0
     assert re.search(rf"^{name}( +-){{5}}$", done.stdout.decode(), re.MULTILINE)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial, wraps
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -1067,7 +1068,7 @@ def test_the_segment_never_takes_more_than_max_bytes(make_cache: MakeCache, size
     for number in range(30):
         cache.set(number, pattern(largest(cache, 9) // (1 + number % 9)))
         assert cache.check() == []
-    status = os.stat(segment.DIRECTORY / segment.file_name(cache.name))
+    status = os.stat(Path(segment.DIRECTORY) / segment.file_name(cache.name))
     assert status.st_size <= parse_size(size)
     assert status.st_blocks * 512 <= parse_size(size)
     assert cache.max_bytes == cache.stats().max_bytes == parse_size(size)

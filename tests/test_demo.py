@@ -29,7 +29,7 @@ def wait_until_gone(name: str, pids: list[int], seconds: float) -> None:
     """Fail unless soon this cache has no files, and no process is left of these and of those that name it."""
     deadline = time.monotonic() + seconds
     while True:
-        files = [path.name for path in segment.DIRECTORY.glob(f"*{name}*")]
+        files = [path.name for path in Path(segment.DIRECTORY).glob(f"*{name}*")]
         running = [each.pid for each in psutil.process_iter() if _belongs(each, name, pids)]
         if not (files or running):
             return

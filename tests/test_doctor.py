@@ -64,7 +64,7 @@ def only(findings: list[Finding]) -> Finding:
 @pytest.fixture
 def path(name: str) -> Path:
     """Where the shared memory of the cache `name` is."""
-    return segment.DIRECTORY / segment.file_name(name)
+    return Path(segment.DIRECTORY) / segment.file_name(name)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_sound_cache_has_no_problem(small: Cache) -> None:
     assert done.returncode == status
     assert f"ok       {small.name}: no contradictions\n" in done.stdout
     whole = [json.loads(run("doctor", small.name, "--json").stdout)][0]
-    assert {"engine", str(segment.DIRECTORY), "open files"} <= {each["about"] for each in whole}
+    assert {"engine", segment.DIRECTORY, "open files"} <= {each["about"] for each in whole}
     assert all(list(each) == ["level", "about", "found", "do"] for each in whole)
     assert status == any(each["level"] == "problem" for each in whole)
 
@@ -130,7 +130,7 @@ def test_a_semaphore_without_a_cache(name: str, path: Path) -> None:
 
 def test_shared_memory_without_a_lock_file(name: str, path: Path) -> None:
     Cache(name, max_bytes="1MB").close()
-    segment.lock_path(name).unlink()
+    Path(segment.lock_path(name)).unlink()
     finding = only(problems(name))
     assert "lock file is gone" in finding.found
     assert f"shmcache unlink {name}" in str(finding.do)
@@ -147,7 +147,7 @@ def test_a_lock_file_without_shared_memory(name: str, path: Path) -> None:
 
 
 def test_what_is_whole_a_moment_later_is_not_stale(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock_path = segment.lock_path(name)
+    lock_path = Path(segment.lock_path(name))
     lock_path.touch(mode=0o600)
     monkeypatch.setattr(time, "sleep", lambda seconds: path.touch(mode=0o600))
     assert list(doctor.stale_files(name)) == []
@@ -189,19 +189,19 @@ def test_a_cache_of_another_kind_is_named(name: str, path: Path, word: int, valu
 
 def test_files_that_are_none(name: str, path: Path) -> None:
     """A FIFO, which blocks who opens it, and a directory."""
-    segment.lock_path(name).touch(mode=0o600)
+    Path(segment.lock_path(name)).touch(mode=0o600)
     os.mkfifo(path, 0o600)
     assert only(problems(name)).do
     path.unlink()
     path.mkdir()
     assert only(problems(name)).do
     path.rmdir()
-    segment.lock_path(name).unlink()
+    Path(segment.lock_path(name)).unlink()
     os.mkfifo(segment.lock_path(name), 0o600)
     path.touch(mode=0o600)
     assert only(problems(name)).do
     path.unlink()
-    segment.lock_path(name).unlink()
+    Path(segment.lock_path(name)).unlink()
 
 
 def test_a_stopped_reaper(name: str) -> None:
@@ -223,12 +223,12 @@ def test_a_stopped_reaper(name: str) -> None:
 def left_over(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An ephemeral cache that nobody has, where no other process finds it: to attach to it would be to remove it."""
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(segment, "DIRECTORY", tmp_path)
+        elsewhere.setattr(segment, "DIRECTORY", str(tmp_path))
         words = [0] * layout.HEADER_WORDS
         words[layout.H_MAGIC], words[layout.H_VERSION] = layout.MAGIC, layout.LAYOUT_VERSION
         words[layout.H_FLAGS] = layout.FLAG_EPHEMERAL
         (tmp_path / segment.file_name(name)).write_bytes(struct.pack(f"{len(words)}Q", *words))
-        segment.lock_path(name).touch(mode=0o600)
+        Path(segment.lock_path(name)).touch(mode=0o600)
         yield name
 
 
@@ -375,7 +375,7 @@ def test_a_full_cache_that_evicts_much_is_information(make_cache: Make) -> None:
 def test_a_directory_that_is_missing_or_unreadable(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
 ) -> None:
-    monkeypatch.setattr(segment, "DIRECTORY", tmp_path / "shm")
+    monkeypatch.setattr(segment, "DIRECTORY", str(tmp_path / "shm"))
     if gone == errno.EACCES:  # root may read everything
 
         def refuse(path: object) -> list[str]:
@@ -392,7 +392,7 @@ def test_a_directory_that_is_missing_or_unreadable(
 
 def test_a_machine_without_shared_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked for, that is what is wrong."""
-    monkeypatch.setattr(segment, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(segment, "DIRECTORY", str(tmp_path))
     is_dir = Path.is_dir
     monkeypatch.setattr(Path, "is_dir", lambda path: str(path) != "/dev/shm" and is_dir(path))
     for wanted in (name, None):
@@ -403,7 +403,7 @@ def test_a_machine_without_shared_memory(name: str, tmp_path: Path, monkeypatch:
 
 def test_a_shared_memory_where_others_may_remove_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a Kubernetes emptyDir is."""
-    monkeypatch.setattr(segment, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(segment, "DIRECTORY", str(tmp_path))
     for mode, expected in ((0o1777, 0), (0o700, 0), (0o777, 1)):
         tmp_path.chmod(mode)
         found = [each for each in doctor.shared_memory() if "sticky bit" in each.found]

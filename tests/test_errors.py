@@ -465,7 +465,7 @@ def test_a_refused_process_keeps_no_place(cache: Cache) -> None:
 
 # --- files that are no cache ----------------------------------------------------------------------------------------
 def segment_path(name: str) -> Path:
-    return segment.DIRECTORY / segment.file_name(name)
+    return Path(segment.DIRECTORY) / segment.file_name(name)
 
 
 @pytest.fixture
@@ -501,7 +501,7 @@ def refuses(name: str, error: type[Exception], says: str) -> None:
 
 def test_a_file_that_is_not_a_cache(name: str) -> None:
     for contents in (b"some text", b"x" * 100_000, bytes(8) + b"x" * 10_000, b"\x7fELF" + bytes(4096)):
-        segment.lock_path(name).touch(0o600)
+        Path(segment.lock_path(name)).touch(0o600)
         segment_path(name).write_bytes(contents)
         segment_path(name).chmod(0o600)
         refuses(name, IncompatibleSegment, "is not a cache.*(unlink|another name|other name)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -155,7 +156,7 @@ def test_an_ephemeral_cache_is_one_that_was_made_so(name: str) -> None:
         words = words_of(cache)
         words[layout.H_FLAGS] |= layout.FLAG_EPHEMERAL
     words[layout.H_FLAGS] &= ~layout.FLAG_EPHEMERAL & ALL
-    assert segment.lock_path(name).exists()
+    assert Path(segment.lock_path(name)).exists()
 
 
 @pytest.mark.parametrize("hand", [0, 1, 1 << 20, 1 << 40, ALL])

@@ -305,7 +305,7 @@ def test_generations_begin_again_after_2_to_the_48(make_cache: Callable[..., Cac
             assert own._attachment.member.owner & GENERATION_MASK != 0
             work(own)
 
-    with Family() as family, open(segment.DIRECTORY / segment.file_name(name), "r+b") as file:
+    with Family() as family, open(Path(segment.DIRECTORY) / segment.file_name(name), "r+b") as file:
         os.pwrite(file.fileno(), (GENERATION_MASK - 1).to_bytes(8, sys.byteorder), generation_at * 8)
         assert family.fork(attach_and, lambda own: own.set("last of its kind", 1)).wait() == 0
         holder = family.fork(attach_and, take_and_pause)

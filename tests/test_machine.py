@@ -223,7 +223,11 @@ def test_no_room_for_the_semaphores_only() -> None:
         filler = fill(leave=-(-size // PAGE) * PAGE)
         with Cache("cache", max_bytes=2**19) as cache:
             assert free_bytes() < PAGE
-            assert sorted(os.listdir(SHM)) == [segment.file_name("cache"), segment.lock_path("cache").name, filler.name]
+            assert sorted(os.listdir(SHM)) == [
+                segment.file_name("cache"),
+                Path(segment.lock_path("cache")).name,
+                filler.name,
+            ]
             use_it_all(cache)
             [sleeper] = cache._attachment.sleepers
             sleeper.wake()
@@ -470,7 +474,7 @@ def test_no_more_open_files_in_use(name: str) -> None:
         [sleeper] = cache._attachment.sleepers
         assert sleeper.sleep() is False
         use_it_all(cache)
-        path = segment.DIRECTORY / segment.file_name(name)
+        path = Path(segment.DIRECTORY) / segment.file_name(name)
         path.unlink()
         until(lambda: cache.incr("count", initial=0) and path.exists())
         assert [text.partition(" cache '")[0] for text in said] == [

@@ -101,7 +101,7 @@ def test_the_creator_is_killed_at_a_random_moment_while_others_begin(name: str) 
 
 def unfinished_semaphores() -> set[Path]:
     """What the C library leaves of a semaphore that it was just creating; nobody can know whose it was."""
-    return set(segment.DIRECTORY.glob("sem.??????"))
+    return set(Path(segment.DIRECTORY).glob("sem.??????"))
 
 
 def steps_of_creation() -> list[tuple[str, int]]:
@@ -400,16 +400,16 @@ def test_processes_leave_in_every_order_and_way(name: str) -> None:
 
 # --- unlinked behind our back ---------------------------------------------------------------------------------------
 def unlink_segment(name: str) -> None:
-    (segment.DIRECTORY / segment.file_name(name)).unlink()
+    (Path(segment.DIRECTORY) / segment.file_name(name)).unlink()
 
 
 def unlink_lock_file(name: str) -> None:
-    segment.lock_path(name).unlink()
+    Path(segment.lock_path(name)).unlink()
 
 
 def unlink_everything(name: str) -> None:
     for file in files(name):
-        (segment.DIRECTORY / file).unlink()
+        (Path(segment.DIRECTORY) / file).unlink()
 
 
 @pytest.mark.parametrize("unlink", [unlink_segment, unlink_lock_file, unlink_everything, segment.unlink])
@@ -421,7 +421,7 @@ def test_processes_meet_again_when_the_files_are_unlinked(name: str, unlink: Cal
             process.ask(f"(c := Cache({name!r}, max_bytes={SMALL}))")
         for number, process in enumerate(processes):
             process.ask(f"c.set('before {number}', {number})")
-        inode = os.stat(segment.DIRECTORY / segment.file_name(name)).st_ino
+        inode = os.stat(Path(segment.DIRECTORY) / segment.file_name(name)).st_ino
         unlink(name)
 
         def have_met() -> bool:
@@ -434,7 +434,7 @@ def test_processes_meet_again_when_the_files_are_unlinked(name: str, unlink: Cal
         took = until(have_met, 5)
         print(f"met again after {took * 1e3:.0f} ms")
         assert took < 1
-        assert os.stat(segment.DIRECTORY / segment.file_name(name)).st_ino != inode
+        assert os.stat(Path(segment.DIRECTORY) / segment.file_name(name)).st_ino != inode
         # They know each other's locks: nobody is taken for dead.
         pids = sorted(process.pid for process in processes)
         for process in processes:

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import cachetools
 import pytest
@@ -27,7 +28,7 @@ def no_collections() -> Iterator[None]:
 
 def reserved(name: str) -> int:
     """What the files of a cache take of /dev/shm, bytes."""
-    return sum(path.stat().st_blocks * 512 for path in segment.DIRECTORY.glob(f"*{name}*"))
+    return sum(path.stat().st_blocks * 512 for path in Path(segment.DIRECTORY).glob(f"*{name}*"))
 
 
 def key_of(number: int) -> str:

@@ -84,9 +84,9 @@ def paths(name: str, uid: int) -> dict[str, Path]:
     """Where the files of a cache with one shard are, whoever asks."""
     own = f"shmcache-{uid}-{name}"
     return {
-        "segment": segment.DIRECTORY / own,
-        "lock file": segment.DIRECTORY / f"{own}~lock",
-        "semaphore": segment.DIRECTORY / f"sem.{own}~0",
+        "segment": Path(segment.DIRECTORY) / own,
+        "lock file": Path(segment.DIRECTORY) / f"{own}~lock",
+        "semaphore": Path(segment.DIRECTORY) / f"sem.{own}~0",
     }
 
 
@@ -95,7 +95,7 @@ def place() -> Iterator[str]:
     """A name for a cache of any user, or for a file; at the end whatever anybody has put under it is removed."""
     name = new_name()
     yield name
-    for path in segment.DIRECTORY.glob(f"*{name}*"):
+    for path in Path(segment.DIRECTORY).glob(f"*{name}*"):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -225,11 +225,11 @@ def test_the_files_of_a_cache_are_for_its_user_only(place: str, umask: int) -> N
 
 # --- a name that is taken -------------------------------------------------------------------------------------------
 def put_link(path: Path, mode: int) -> None:
-    path.symlink_to(segment.DIRECTORY / f"{path.name}-precious")
+    path.symlink_to(Path(segment.DIRECTORY) / f"{path.name}-precious")
 
 
 def put_dangling_link(path: Path, mode: int) -> None:
-    path.symlink_to(segment.DIRECTORY / f"{path.name}-created")
+    path.symlink_to(Path(segment.DIRECTORY) / f"{path.name}-created")
 
 
 def put_socket(path: Path, mode: int) -> None:
@@ -264,7 +264,7 @@ SQUATS: dict[str, Callable[[Path, int], object]] = {
 def test_a_name_that_a_stranger_has_taken_is_refused(place: str, squat: str, which: str, owner: int) -> None:
     """At once, without opening, following, changing or removing what is there."""
     path = paths(place, owner)[which]
-    precious = segment.DIRECTORY / f"{path.name}-precious"
+    precious = Path(segment.DIRECTORY) / f"{path.name}-precious"
     precious.write_bytes(b"precious")
     precious.chmod(0o600)
     os.chown(precious, owner, owner)
@@ -286,7 +286,7 @@ def test_a_name_that_a_stranger_has_taken_is_refused(place: str, squat: str, whi
             assert (before.st_ino, before.st_mode, before.st_size) == (after.st_ino, after.st_mode, after.st_size)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     assert precious.read_bytes() == b"precious"
-    assert not (segment.DIRECTORY / f"{path.name}-created").exists()
+    assert not (Path(segment.DIRECTORY) / f"{path.name}-created").exists()
 
     # Once it is gone, nothing is left of that.
     as_user(owner, lambda: Cache(place, max_bytes="1MB").set("k", 1))
@@ -307,13 +307,13 @@ def test_a_device_in_the_way(place: str, which: str) -> None:
 def test_what_is_no_plain_file_is_refused_whosever_it_is(place: str, squat: str, which: str) -> None:
     """A link could lead anywhere, and a pipe could keep us waiting."""
     path = paths(place, os.geteuid())[which]
-    precious = segment.DIRECTORY / f"{path.name}-precious"
+    precious = Path(segment.DIRECTORY) / f"{path.name}-precious"
     precious.write_bytes(b"precious")
     precious.chmod(0o600)
     SQUATS[squat](path, 0o600)
     refuses(place, f"{path} belongs to uid {os.geteuid()} with mode", ": remove it")
     assert precious.read_bytes() == b"precious"
-    assert not (segment.DIRECTORY / f"{path.name}-created").exists()
+    assert not (Path(segment.DIRECTORY) / f"{path.name}-created").exists()
 
 
 def test_files_that_others_may_open_are_refused(place: str) -> None:
@@ -351,7 +351,7 @@ def test_another_cache_linked_to_a_name_is_not_taken_for_it(place: str) -> None:
 def test_a_semaphore_that_a_stranger_has_put_there_is_not_opened(place: str, squat: str, owner: int) -> None:
     """Its owner could cut it short, which would end every waiter with SIGBUS. The cache works without."""
     path = paths(place, owner)["semaphore"]
-    precious = segment.DIRECTORY / f"{path.name}-precious"
+    precious = Path(segment.DIRECTORY) / f"{path.name}-precious"
     precious.write_bytes(bytes(32))
     precious.chmod(0o600)
     os.chown(precious, owner, owner)
@@ -393,7 +393,7 @@ def test_a_semaphore_that_a_stranger_has_put_there_is_not_opened(place: str, squ
 
 def test_names_that_no_cache_has_are_not_listed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody may put a file of any name into /dev/shm, and a terminal does what the codes in a name say."""
-    monkeypatch.setattr(segment, "DIRECTORY", tmp_path)  # doctor looks at every cache there is
+    monkeypatch.setattr(segment, "DIRECTORY", str(tmp_path))  # doctor looks at every cache there is
     for other in ("a\x1b[2J", "a\nroot 1.0GB", ".a", "a" * 101, "a\udcff", name):
         (tmp_path / f"{segment.file_name(other)}~lock").touch()
     assert segment.names() == [name]

@@ -75,7 +75,7 @@ def examine(name: str | None = None) -> Iterator[Finding]:
     except OSError as error:
         unlisted = Finding(
             "problem",
-            str(segment.DIRECTORY),
+            segment.DIRECTORY,
             f"it cannot be listed ({error.strerror})",
             "let this user read, write and search it (it is a tmpfs with mode 1777 on most machines)",
         )
@@ -121,7 +121,7 @@ def engine() -> Iterator[Finding]:
 
 def shared_memory() -> Iterator[Finding]:
     """Whether /dev/shm is there, how large it is, and what is left of it."""
-    directory, about = segment.DIRECTORY, str(segment.DIRECTORY)
+    about = segment.DIRECTORY
     if _is_missing():
         yield Finding(
             "problem",
@@ -131,13 +131,13 @@ def shared_memory() -> Iterator[Finding]:
         )
         return
     try:
-        room = os.statvfs(directory)
+        room = os.statvfs(about)
     except OSError as error:
         yield Finding("problem", about, f"its size is not known ({error.strerror})", "mount a tmpfs there")
         return
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not os.access(about, os.W_OK | os.X_OK):
         yield Finding("problem", about, "this user may not write there", f"`chmod 1777 {about}`, as its owner")
-    mode = directory.stat().st_mode
+    mode = os.stat(about).st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         yield Finding(
             "info",
@@ -269,7 +269,7 @@ def _stale(name: str | None) -> set[tuple[str, str, int]]:
         inode = 0  # of semaphores, one finding is enough
         if kind != "semaphore":
             try:
-                inode = (segment.DIRECTORY / file).lstat().st_ino
+                inode = (Path(segment.DIRECTORY) / file).lstat().st_ino
             except OSError:
                 continue
         found.add((each, kind, inode))
@@ -463,7 +463,7 @@ def _others(stats: Stats) -> int:
 def _header(name: str) -> list[int]:
     """The header and the process table of the segment, as far as they are there, read from outside; else []."""
     try:
-        fd = os.open(segment.DIRECTORY / segment.file_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(Path(segment.DIRECTORY) / segment.file_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return []
     try:

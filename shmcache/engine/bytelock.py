@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TypeVar
 
 from shmcache.engine.primitives import ATOMIC_BYTE, process_epoch
@@ -220,13 +219,13 @@ def is_byte_locked(fd: int, byte: int, count: int = 1) -> bool:
     return bool(answer[3 if sys.platform == "darwin" else 0] != fcntl.F_UNLCK)
 
 
-def holders(path: Path) -> dict[int, int] | None:
+def holders(path: str) -> dict[int, int] | None:
     """Which bytes of a lock file are locked, and by which processes: their pids as seen from here.
 
     Processes of another pid namespace do not show. None where the kernel does not tell, or there is no such file.
     """
     try:
-        status = path.stat()
+        status = os.stat(path)
         file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         with open("/proc/locks") as locks:
             # "1: POSIX ADVISORY WRITE 4711 00:1b:42 0 0"; one who waits has an arrow behind the number.

@@ -86,7 +86,7 @@ class Memo:
             len(self._prefix) + self._required + len(self._tail), self._packed, args, self._tail, given - self._required
         ):
             if store._find(request, True):
-                value = request.value(store._decode_value)
+                value = request.value(store._codec)
                 self.hits += 1
             else:
                 value = DEFAULT

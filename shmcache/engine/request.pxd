@@ -25,9 +25,9 @@ cdef class Request(Message):
     cdef void set_packed_key(self)
     cdef int set_wide_key(self, str key) except -1
     cdef object found_key(self)
-    cdef int set_value(self, object value, object encode) except -1
+    cdef int set_value(self, object value, object codec) except -1
     cdef int set_text(self, str value) except -1
     cdef int set_bytes(self, bytes value) except -1
     cdef void set_integer(self, long long value)
-    cdef object large_value(self, object decode)
-    cdef object value(self, object decode)
+    cdef object large_value(self, object codec)
+    cdef object value(self, object codec)

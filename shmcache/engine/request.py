@@ -6,7 +6,6 @@ Python objects become bytes here, and bytes Python objects. The commonest ones t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 try:
@@ -25,7 +24,6 @@ else:
     from shmcache.engine.message import Message
     from shmcache.engine.primitives import *
 
-from shmcache.codec import decode_key, encode_key
 from shmcache.errors import KeyTooLarge, SerializationError, ValueTooLarge, contradiction
 
 __all__ = ["Request"]
@@ -115,6 +113,8 @@ class Request(Message):
         elif type(key) is tuple and self.own_packer().pack(key):
             self.set_packed_key()
         else:
+            from shmcache.codec import encode_key  # seldom
+
             packed: bytes = encode_key(key)
             self.key_size = bytes_size(packed)
             self.key = bytes_pointer(packed)
@@ -167,10 +167,14 @@ class Request(Message):
         if self.key_kind == KEY_PACKED and self.key_size == 9 and read_number(self.scratch, 0, 1) == 0xD3:
             return as_signed(read_number(self.scratch, 1, 8))
         data = make_bytes(self.scratch, 0, self.key_size)
-        return data if self.key_kind == KEY_BYTES else decode_key(data)
+        if self.key_kind == KEY_BYTES:
+            return data
+        from shmcache.codec import decode_key  # seldom
+
+        return decode_key(data)
 
     # --- values: msgpack, scalars here and everything else by `codec.py` ----------------------------------------------
-    def set_value(self, value: Any, encode: Callable[[object], bytes]) -> int:
+    def set_value(self, value: Any, codec: Any) -> int:
         """Fill in the value's head and body."""
         self.body_size = 0
         self.keep_expiry = False
@@ -188,7 +192,7 @@ class Request(Message):
         elif kind is bool:
             self.head_size = write_number(self.small, HEAD_AT, 0xC3 if value else 0xC2, 0, 0)
         else:
-            packed: bytes = encode(value)
+            packed: bytes = codec.encode(value)
             self.body_object = packed
             self.body = bytes_pointer(packed)
             self.body_size = bytes_size(packed)
@@ -241,7 +245,7 @@ class Request(Message):
         else:
             self.head_size = write_number(self.small, HEAD_AT, 0xD3, wrap(value), 8)
 
-    def value(self, decode: Callable[[bytes], object]) -> object:
+    def value(self, codec: Any) -> object:
         """The value whose copy the request has; what is not well-formed is left to codec.py to refuse."""
         size: cython.ulonglong = self.value_size
         mark: cython.ulonglong
@@ -249,7 +253,7 @@ class Request(Message):
         width: cython.ulonglong
         text: object
         if self.is_whole:
-            return self.large_value(decode)
+            return self.large_value(codec)
         mark = read_number(self.scratch, 0, 1)
         if 0xA0 <= mark < 0xC0 and size == 1 + (mark & 31):
             text = make_text(self.scratch, 1, size - 1)
@@ -286,9 +290,9 @@ class Request(Message):
             number = as_signed(wrap(read_number(self.scratch, 1, size - 1) << width))
             number >>= width  # copies the sign downwards
             return number
-        return decode(make_bytes(self.scratch, 0, size))
+        return codec.decode(make_bytes(self.scratch, 0, size))
 
-    def large_value(self, decode: Callable[[bytes], object]) -> object:
+    def large_value(self, codec: Any) -> object:
         """`value` where the copy is a bytes object: the value itself, if that is bytes."""
         whole: bytes = finished(self.whole)
         head: cython.ulonglong = self.skip
@@ -298,13 +302,13 @@ class Request(Message):
         if self.skip:
             if head + read_number(self.small, HEAD_AT + 1, head - 1) == self.value_size:
                 return whole
-            return decode(make_bytes(self.small, HEAD_AT, head) + whole)
+            return codec.decode(make_bytes(self.small, HEAD_AT, head) + whole)
         if 0xD9 <= mark <= 0xDB:
             head = 1 + (1 << (mark - 0xD9))
             if head + read_number(self.small, HEAD_AT + 1, head - 1) == self.value_size:
                 with contextlib.suppress(UnicodeDecodeError):
                     return str(memoryview(whole)[head:], "utf-8")
-        return decode(whole)
+        return codec.decode(whole)
 
 
 def _below_4_gib(size: int) -> int:

@@ -5,7 +5,7 @@ from shmcache.engine.shard cimport Shard
 cdef class Store:
     cdef public object _attachment
     cdef readonly object _clock
-    cdef object _encode_value, _decode_value
+    cdef object _codec
     cdef list[Shard] _shards
     cdef unsigned long long _shard_count, _max_entry
     cdef unsigned long long _epoch, _next_check

@@ -108,13 +108,11 @@ class Store:
 
     def __init__(
         self,
-        encode: Callable[[object], bytes],
-        decode: Callable[[bytes], object],
+        codec: Any,
         lock_timeout: float,
         clock: Callable[[], int] | None,
     ) -> None:
-        self._encode_value = encode
-        self._decode_value = decode
+        self._codec = codec
         self._timeout_ns = int(lock_timeout * 1e9)
         self._clock = clock
         self._spare = Request()
@@ -164,7 +162,7 @@ class Store:
         request: Request = self._take()
         request.set_key(key)
         if self._find(request, True):
-            default = request.value(self._decode_value)
+            default = request.value(self._codec)
         self._give(request)
         return default
 
@@ -174,7 +172,7 @@ class Store:
         answer: tuple[Any, int | None] = (default, None)
         request.set_key(key)
         if self._find(request, True):
-            answer = (request.value(self._decode_value), request.version)
+            answer = (request.value(self._codec), request.version)
         self._give(request)
         return answer
 
@@ -185,7 +183,7 @@ class Store:
         for key in _several(keys):
             request.set_key(key)
             if self._find(request, True):
-                found[key] = request.value(self._decode_value)
+                found[key] = request.value(self._codec)
         self._give(request)
         return found
 
@@ -202,7 +200,7 @@ class Store:
         if not self._find(request, True):
             self._give(request)
             raise KeyError(key)
-        value = request.value(self._decode_value)
+        value = request.value(self._codec)
         self._give(request)
         return value
 
@@ -270,7 +268,7 @@ class Store:
         now: cython.ulonglong
         request.set_key(key)
         while self._find(request, True):
-            value = request.value(self._decode_value)
+            value = request.value(self._codec)
             now = self._now()
             if self._change(request, OP_DELETE_VERSION, now) == DONE:
                 self._member.count(C_DELETES, 1)
@@ -378,7 +376,7 @@ class Store:
             self._set_step(request, delta, initial)
         elif op <= OP_CAS:
             try:
-                request.set_value(value, self._encode_value)
+                request.set_value(value, self._codec)
             except (SerializationError, ValueTooLarge) as error:
                 raise _naming(key, error) from error
         if op <= OP_CAS or op == OP_TOUCH:
@@ -453,7 +451,7 @@ class Store:
             return request.status, (request.number if request.status == DONE else self._incr_error(key, request.status))
         if request.op == OP_READ and request.status == DONE:
             try:
-                return DONE, request.value(self._decode_value)
+                return DONE, request.value(self._codec)
             except SerializationError as error:
                 return DONE, error
         return request.status, None
@@ -527,7 +525,7 @@ class Store:
                 key = request.found_key()
                 if values:
                     copy(request.scratch, 0, request.scratch, request.key_size, request.value_size)
-                    entries.append((key, request.value(self._decode_value)))
+                    entries.append((key, request.value(self._codec)))
                 else:
                     entries.append((key, None))
             place += 1
@@ -690,7 +688,7 @@ class Store:
         now: cython.ulonglong = self._now()
         status: cython.int
         request.set_key(key)
-        request.set_value(value, self._encode_value)
+        request.set_value(value, self._codec)
         self._set_ttl(request, ttl, now)
         request.version = version
         status = self._change(request, op, now)

@@ -94,7 +94,7 @@ class Belongings:
 
     @classmethod
     def of(cls, cache: Cache) -> Belongings:
-        files = segment.DIRECTORY.glob(f"*{segment.file_name(cache.name)}*")
+        files = Path(segment.DIRECTORY).glob(f"*{segment.file_name(cache.name)}*")
         return cls(
             files={path.name: path.stat().st_ino for path in files},
             descriptors=_descriptors(),

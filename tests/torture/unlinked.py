@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from shmcache import Cache, segment
@@ -148,9 +149,9 @@ def is_at(cache: Cache, place: int) -> bool:
 
 def identity(name: str) -> int:
     """The inode of the segment, if it and its lock file are what the names lead to, else 0."""
-    with contextlib.suppress(FileNotFoundError), (segment.DIRECTORY / segment.file_name(name)).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), (Path(segment.DIRECTORY) / segment.file_name(name)).open("rb") as file:
         header = memoryview(file.read(layout.HEADER_WORDS * 8).ljust(layout.HEADER_WORDS * 8, b"\0")).cast("Q")
-        if header[layout.H_LOCK_FILE] == segment.lock_path(name).stat().st_ino:
+        if header[layout.H_LOCK_FILE] == Path(segment.lock_path(name)).stat().st_ino:
             return os.fstat(file.fileno()).st_ino
     return 0
 
@@ -166,7 +167,7 @@ def remove(*kinds: str) -> Callable[[str], None]:
                 kind = "semaphores"
             if kind in kinds:
                 with contextlib.suppress(FileNotFoundError):
-                    (segment.DIRECTORY / file).unlink()
+                    (Path(segment.DIRECTORY) / file).unlink()
 
     return unlink
 
