@@ -40,6 +40,7 @@ from shmcache.engine.primitives import (
     key_hash,
     load,
     logged_store,
+    low,
     pack,
     process_epoch,
     store,
@@ -128,6 +129,7 @@ def test_a_bin_that_leads_to_an_entry_is_begun_anew(bench: Bench) -> None:
     store(bench.words, bench.region.bins + layout.BIN_BITMAP_WORDS + number, 1)
     bench.cache.set("c", "x")
     assert bench.cache.delete("b") is True
+    bench.blocks.drain()
     assert load(bench.words, bench.region.bins + layout.BIN_BITMAP_WORDS + number) == 2
     assert bench.cache.get("a") == "value of a"
 
@@ -367,13 +369,55 @@ def test_blocks_that_no_eviction_frees_are_not_waited_for(bench: Bench) -> None:
     assert isinstance(outcome, CorruptSegment)
 
 
-def test_a_limbo_that_cannot_be_given_back_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(bench.blocks, "reserve", lambda size: False)
-        patch.setattr(bench.blocks, "drain", lambda: False)
-        with pytest.raises(CorruptSegment):
-            bench.cache.set("n", "new")
+@pytest.mark.parametrize("limbo", ["a free run", "outside", "a chain that leads outside", "a circle"])
+def test_a_limbo_that_is_no_chain_is_given_up(bench: Bench, limbo: str) -> None:
+    """What it was is found by `check` and freed by `repair`."""
+    bench.cache.set("n", "new")
+    bench.cache.delete("n")
+    run = load(bench.words, bench.region.header + layout.S_LIMBO)
+    assert run
+    if limbo in ("a chain that leads outside", "a circle"):
+        bench.block(run - 1, pack(1, NOWHERE if limbo == "a chain that leads outside" else run))
+    else:
+        bench.header(layout.S_LIMBO, run + 1 if limbo == "a free run" else bench.count + 1)
+    bench.cache.set("n", "newer" * 100)
+    assert load(bench.words, bench.region.header + layout.S_LIMBO) == 0
+    assert bench.cache.get("n") == "newer" * 100
     assert bench.cache.get("a") == "value of a"
+    bench.cache.repair()
+    assert bench.cache.check() == []
+    assert bench.cache.get("n") == "newer" * 100
+
+
+def test_a_run_that_waits_in_limbo_is_taken_if_it_is_just_as_long(bench: Bench) -> None:
+    def limbo() -> int:
+        return load(bench.words, bench.region.header + layout.S_LIMBO)
+
+    free = bench.cache.stats().bytes_free
+    bench.cache.set("n", "x" * 40)  # with its key and heads, two blocks
+    bench.cache.delete("n")
+    assert bench.cache.stats().bytes_free == free
+    waiting = limbo()
+    bench.cache.set("m", "y" * 50)
+    assert limbo() == 0
+    assert low(bench.read_slot(2, layout.E_PLACE)) == waiting
+    bench.cache.set("m", "z" * 50)
+    assert limbo() == waiting
+    bench.cache.set("k", "k" * 150)  # longer: what waits is freed
+    assert limbo() == 0
+    bench.cache.set("k", "k" * 5000)
+    bench.cache.delete("k")
+    assert limbo() == 0, "a long one does not wait"
+    bench.cache.delete("m")
+    assert bench.cache.stats().bytes_free == free
+    assert bench.cache.check() == []
+
+
+def test_check_counts_no_run_that_waits(bench: Bench) -> None:
+    bench.cache.delete("a")
+    assert load(bench.words, bench.region.header + layout.S_LIMBO)
+    assert bench.cache.check() == []
+    assert load(bench.words, bench.region.header + layout.S_LIMBO) == 0
 
 
 def test_a_free_slot_that_there_is_not_is_not_filled(bench: Bench) -> None:
@@ -383,11 +427,12 @@ def test_a_free_slot_that_there_is_not_is_not_filled(bench: Bench) -> None:
     assert bench.cache.get("a") == "value of a"
 
 
-def test_an_expired_entry_that_cannot_be_removed_is_an_error(bench: Bench) -> None:
+def test_an_expired_entry_that_cannot_be_removed_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.slot(0, layout.E_EXPIRY, 1)  # in no list of the timer wheel
-    bench.block(0, pack(1, NOWHERE))
-    with pytest.raises(CorruptSegment):
-        bench.cache.set("a", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard.table, "unlink", lambda slot: False)  # as if it changed since it was found
+        with pytest.raises(CorruptSegment):
+            bench.cache.set("a", "new")
 
 
 def test_an_order_that_leads_outside_the_table_evicts_nothing(bench: Bench) -> None:
