@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks import data, instructions, report, targets
+from benchmarks import data, instructions, model, report, targets
 from benchmarks.loops import Bench, chunked, quantile
 from benchmarks.measure import PREFIX, Results, plan
 from benchmarks.peers import PEERS, Does, Peer, Store
@@ -204,6 +204,22 @@ def test_a_run_ends_with_figures_and_leaves_nothing(tmp_path: Path) -> None:
             assert len(run.results.figures[metric][peer]) == QUICK.rounds
     assert len(json.loads(file.read_text())["targets"]) == len(targets.TARGETS)
     assert left_behind(process.pid) == []
+
+
+# --- the model of more cores ------------------------------------------------------------------------------------------
+def test_the_model_of_one_core_is_its_costs() -> None:
+    costs = model.Costs(get=200, outside=100, inside=300, changes=0.5)
+    assert model.operations(costs, 1, 1, 20_000) == pytest.approx(1000 / 300, rel=0.02)
+    assert model.operations(model.Costs(get=200, changes=0), 32, 1, 20_000) == pytest.approx(32 * 5, rel=0.02)
+
+
+def test_in_the_model_a_lock_is_the_limit_and_shards_move_it() -> None:
+    costs = model.Costs(changes=1.0)
+    most = 1000 / (costs.inside + costs.lines * costs.transfer)
+    assert model.operations(costs, 32, 1, 20_000) == pytest.approx(most, rel=0.02)
+    assert 2 * most < model.operations(costs, 32, 4, 20_000) < 4 * most
+    [few, many] = model.table(costs, cores=(2, 8), shards=(1, 4))
+    assert [len(few), few[0], many[0]] == [3, "2", "8"]
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------
