@@ -1,4 +1,4 @@
-"""How throughput grows with cores, by a simulation from costs measured on few, to choose the number of shards by.
+"""How throughput grows with cores, by a simulation from costs measured on two, to choose the number of shards by.
 
 Every core does one operation after the other on keys by Zipf's law: look-ups, which take no lock, and changes, which
 wait their turn for the lock of their key's shard. What a change writes has mostly been written by another core before,

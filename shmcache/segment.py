@@ -450,7 +450,7 @@ def _reserve(fd: int, size: int, wish: Wish) -> None:
     )
     if total and size > free:
         raise no_room
-    from shmcache.memory import shortage  # seldom
+    from shmcache.memory import shortage  # only who creates
 
     if (short := shortage(size)) is not None:  # asking the kernel for it would wake the OOM killer
         raise SegmentTooLarge(

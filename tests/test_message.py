@@ -55,9 +55,11 @@ class Through:
     def __init__(self) -> None:
         self.left = False
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(codec.Codec, "encode", lambda _, value: value[0])
-            patch.setattr(codec.Codec, "decode", self.decode)
+            patch.setattr("shmcache.cache._MsgpackLater", lambda: self)
             self.cache = Cache(new_name(), max_bytes="8MB", max_entries=16)
+
+    def encode(self, value: Raw) -> bytes:
+        return bytes(value[0])
 
     def decode(self, data: bytes) -> object:
         self.left = True

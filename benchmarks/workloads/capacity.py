@@ -106,6 +106,9 @@ class Growth(Workload):
         draw = random.Random(data.SEED)
         self.asked = bench.to_keys(data.key(draw.randrange(count)) for _ in range(self.scale.draws))
         bench.tight("get", self.asked)
+        find = "miss" if bench.can("miss") else "get"
+        if any(bench.once(find, key) is None for key in self.asked[:1000]):
+            raise RuntimeError("some of what was stored is gone: these would be misses")
 
     def round(self, bench: Bench, number: int) -> list[Figure]:
         return [Figure(growth_metric(bench.store.entries), "ns", bench.tight("get", self.asked, SLICES))]

@@ -212,5 +212,5 @@ class Memoize(Workload):
         asked = self.asked[: self.number]
         return [
             Figure("memoize hit, str 20", "ns", bench.tight("call", asked, SLICES)),
-            *tails("memoize hit, str 20", bench.clocked("call", asked)),
+            *tails("memoize hit, str 20", bench.clocked("call", self.asked[: max(1000, self.number)])),
         ]

@@ -65,7 +65,7 @@ class Reader:
         return self.read_again(request, now, status) if status == BUSY or status == NO_ROOM else status
 
     def read_again(self, request: Request, now: cython.ulonglong, status: cython.int) -> int:
-        """`read` after a first attempt that ended so, and came to nothing."""
+        """Go on with `read` after a first attempt that ended with `status`, BUSY or NO_ROOM."""
         _attempt: cython.int
         for _attempt in range(READ_ATTEMPTS):
             if status == NO_ROOM:

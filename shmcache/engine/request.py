@@ -173,7 +173,7 @@ class Request(Message):
 
         return decode_key(data)
 
-    # --- values: msgpack, scalars here and everything else by `codec.py` ----------------------------------------------
+    # --- values: msgpack, scalars here, plain lists and dicts by `message.py`, everything else by the codec -----------
     def set_value(self, value: Any, codec: Any) -> int:
         """Fill in the value's head and body."""
         self.body_size = 0

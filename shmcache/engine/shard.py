@@ -2,8 +2,8 @@
 
 Readers take no lock (`reader.py`), except after a few collisions. Writers hold it from `enter` to `leave`, and change
 things in small transactions (`journal.py`), each of one entry. Names ending in `_locked` need the lock. When an
-owner dies, the next one runs `recover_locked`: it rolls back the transaction, frees what is in limbo, and the shard
-stands as before the operation or as after it.
+owner dies, the next one runs `recover_locked`: it rolls back the transaction, and the shard stands as before the
+operation or as after it. What is in limbo stays there until somebody needs room.
 """
 
 from __future__ import annotations
@@ -418,7 +418,7 @@ class Shard:
         return DONE
 
     def overwrite_locked(self, request: Request, slot: cython.ulonglong) -> int:
-        """Swap what is in limbo with what the slot has."""
+        """Swap what is in limbo with what the slot has, which then is freed or waits there."""
         word: cython.ulonglong = self.at(slot)
         before: cython.ulonglong = low(load(self.words, word + E_PLACE))
         size: cython.ulonglong = request.key_size + low(load(self.words, word + E_SIZES))
@@ -462,7 +462,7 @@ class Shard:
         logged_store(self.words, self.log, word + E_PLACE, with_low(place, load(self.words, self.header + S_LIMBO)))
 
     def remove_locked(self, slot: cython.ulonglong) -> int:
-        """Take an entry out, then free its runs."""
+        """Take an entry out; what it leaves is freed, or waits in limbo if it is one short run."""
         word: cython.ulonglong = self.at(slot)
         sizes: cython.ulonglong = load(self.words, word + E_SIZES)
         sequence: cython.ulonglong = load(self.words, self.header + S_SEQUENCE)

@@ -103,7 +103,8 @@ class Store:
     """The hot operations of a cache on one attachment. `Cache` adds everything else.
 
     `clock` returns ns and replaces the system's monotonic clock, for tests. A subclass provides `_reattach`, called
-    when the files were unlinked, and receives the objects of the attachment through `_adopt`.
+    when the files were unlinked, and receives the objects of the attachment through `_adopt`. `codec` has `encode` and
+    `decode`, for values that `request.py` leaves to it.
     """
 
     def __init__(
@@ -640,7 +641,7 @@ class Store:
         if not shards:
             shards = self._here()
         shard: Shard = shard_of(request, shards)
-        status: cython.int = shard.reader.read_once(request, now)
+        status: cython.int = shard.reader.read_once(request, now)  # as `Reader.read`, without a call of it
         if status == BUSY or status == NO_ROOM:
             status = shard.reader.read_again(request, now, status)
             if status == BUSY:
