@@ -10,6 +10,8 @@ libmemcached-dev valgrind`, and `.venv/bin/pip install -e '.[bench-compiled]'`);
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,6 +45,18 @@ def chosen_peers(_: click.Context, __: click.Parameter, text: str | None) -> lis
     return list(dict.fromkeys(chosen))
 
 
+def in_a_directory(_: click.Context, __: click.Parameter, file: Path | None) -> Path | None:
+    """Refused now rather than after the measurement."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no directory {file.absolute().parent}")
+    return file
+
+
+def terminate(_number: int, _frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does, with everything stopped and removed."""
+    raise KeyboardInterrupt
+
+
 def count_instructions(results: measure.Results) -> None:
     if reason := instructions.why_missing():
         results.failed.append((Shmcache.name, INSTRUCTIONS, reason))
@@ -60,8 +74,19 @@ def count_instructions(results: measure.Results) -> None:
 @click.option("--quick", is_flag=True, help="Two minutes: smaller stores, fewer rounds, noisier figures.")
 @click.option("--only", type=click.Choice(NAMES), multiple=True, help="Run this workload; may be given several times.")
 @click.option("--peers", callback=chosen_peers, metavar="A,B", help="Only these peers; the start of a name will do.")
-@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures to a file.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw the plots into a directory.")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=in_a_directory,
+    help="Write all figures to a file.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=in_a_directory,
+    help="Draw the plots into a directory.",
+)
 @click.option("--no-progress", is_flag=True, help="No progress bar.")
 def main(
     quick: bool, only: tuple[str, ...], peers: list[str], file: Path | None, plots: Path | None, no_progress: bool
@@ -73,6 +98,9 @@ def main(
     \b
     Example: python -m benchmarks --quick --only get --peers shmcache,dict,lmdb
     """
+    signal.signal(signal.SIGTERM, terminate)
+    # What pip installed is compiled to bytecode; a clone that may not be would be compiled anew in each process.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     began, console = time.monotonic(), Console()
     if not console.is_terminal:
         console.width = 160

@@ -109,7 +109,10 @@ def main(record: bool) -> None:
     counts = {name: round(each) for name, each in count().items()}
     allowed = budget() or {}
     for name, each in counts.items():
-        print(f"{name:12} {each:8,}   budget {allowed.get(name, '-'):>8}")
+        over = name in allowed and each > allowed[name] * (1 + TOLERANCE)
+        print(
+            f"{name:12} {each:8,}   budget {allowed.get(name, '-'):>8}" + over * f"   more than {TOLERANCE:.0%} above"
+        )
     if record:
         recorded = json.loads(BUDGET.read_text()) | {version(): counts}
         BUDGET.write_text(json.dumps(recorded, indent=4) + "\n")

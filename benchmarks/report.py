@@ -70,12 +70,14 @@ def about() -> dict[str, str]:
     """Of what commit, by what Python and on what machine."""
     from shmcache import is_compiled
 
-    git = ("git", "describe", "--always", "--dirty")
-    described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        git = ("git", "describe", "--always", "--dirty")
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     kernel = ".".join(platform.release().split(".")[:2])
     model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "mode": "compiled" if is_compiled() else "uncompiled",
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}, Linux {kernel}",

@@ -114,6 +114,9 @@ class Memo:
             self.hits += 1
         return value
 
+    def __repr__(self) -> str:
+        return f"<memoized {self._function!r}>"
+
     def __get__(self, instance: object, owner: type | None) -> Any:
         return self if instance is None else MethodType(self, instance)
 
