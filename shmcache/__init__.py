@@ -14,6 +14,7 @@ if sys.platform == "win32":
 
 from shmcache.batch import Batch, Pending
 from shmcache.cache import Cache, parse_size
+from shmcache.codec import Serializer
 from shmcache.engine.store import DEFAULT, is_compiled
 from shmcache.errors import (
     CacheClosed,
@@ -33,7 +34,6 @@ from shmcache.errors import (
 from shmcache.version import __version__
 
 if TYPE_CHECKING:
-    from shmcache.codec import Serializer
     from shmcache.memoize import CacheInfo
     from shmcache.stats import EntryInfo, ProcessStats, Stats
 
@@ -69,7 +69,6 @@ _LATER = {
     "CacheInfo": "memoize",
     "EntryInfo": "stats",
     "ProcessStats": "stats",
-    "Serializer": "codec",
     "Stats": "stats",
 }
 """The names whose modules are imported with their first use, for most programs have none."""

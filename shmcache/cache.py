@@ -13,6 +13,7 @@ from shmcache import attachment as attachments
 from shmcache import segment
 from shmcache.attachment import Attachment
 from shmcache.batch import Batch
+from shmcache.codec import Codec, Serializer
 from shmcache.engine import layout
 from shmcache.engine.store import DEFAULT, Default, Store, ttl_to_ns
 from shmcache.errors import CacheClosed, CacheNotFound, GeometryMismatch, SegmentTooLarge, SharedMemoryUnavailable
@@ -20,7 +21,6 @@ from shmcache.log import warn
 from shmcache.segment import Wish
 
 if TYPE_CHECKING:
-    from shmcache.codec import Codec, Serializer
     from shmcache.memoize import Memoized, P
     from shmcache.stats import EntryInfo, Stats
 
@@ -51,23 +51,6 @@ def parse_size(size: int | str, name: str = "max_bytes") -> int:
     if not 0 < size < 1 << 63:
         raise ValueError(f"{name}={size!r}: expected more than 0 bytes and less than 8 EiB")
     return size
-
-
-class _MsgpackLater:
-    """The codec of msgpack, whose import takes milliseconds, from the first value on that needs it: few do."""
-
-    def encode(self, value: object) -> bytes:
-        return self._become_codec().encode(value)
-
-    def decode(self, data: bytes) -> object:
-        return self._become_codec().decode(data)
-
-    def _become_codec(self) -> Codec:
-        from shmcache.codec import Codec
-
-        codec = Codec()
-        self.encode, self.decode = codec.encode, codec.decode  # type: ignore[method-assign]
-        return codec
 
 
 class Cache(Store):
@@ -106,11 +89,7 @@ class Cache(Store):
         clock: Callable[[], int] | None = None,
         _create: bool = True,
     ) -> None:
-        codec: Codec | _MsgpackLater = _MsgpackLater()
-        if serializer != "msgpack":
-            from shmcache.codec import Codec  # seldom
-
-            codec = Codec(serializer)
+        codec = Codec(serializer)
         if isinstance(lock_timeout, bool) or not isinstance(lock_timeout, (int, float)):
             raise TypeError(f"lock_timeout is a number of seconds, not {type(lock_timeout).__name__}")
         if not 0 < lock_timeout <= 86_400:

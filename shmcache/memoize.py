@@ -71,6 +71,7 @@ def memoize(
         name = f"{label}-{fingerprint(function, label)}"
         if key is not None:
             name += f"-{fingerprint(key, f'the key function of {label}')}"
+    encode_key(name, "name")  # or SerializationError now rather than with each call
     prefix = ("memoize", name)
     parameters = signature.parameters.values()
     extra = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)

@@ -123,13 +123,16 @@ def collect(attachment: Attachment) -> Stats:
 
 
 def _spare_blocks(attachment: Attachment) -> int:
-    """The blocks that wait in limbo, in all shards, for the next entry: free as well, to whoever counts."""
+    """The blocks in limbo, of all shards: free as well, to whoever counts. A walk beside writers, so not exact."""
     words, geometry, found = attachment.words, attachment.geometry, 0
     for region in map(geometry.region, range(geometry.shards)):
+        blocks = 0
         run = load(words, region.header + layout.S_LIMBO)
-        if 0 < run <= geometry.blocks:
-            length = load(words, region.blocks + (run - 1) * layout.BLOCK_WORDS) >> 32 & layout.RUN_LENGTH_MASK
-            found += min(length, layout.SPARE_BLOCKS)
+        while 0 < run <= geometry.blocks and blocks < geometry.blocks:
+            head = load(words, region.blocks + (run - 1) * layout.BLOCK_WORDS)
+            blocks += max(1, head >> 32 & layout.RUN_LENGTH_MASK)
+            run = head & 0xFFFF_FFFF
+        found += min(blocks, geometry.blocks)
     return found
 
 

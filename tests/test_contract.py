@@ -1776,6 +1776,50 @@ def test_memoize_makes_what_behaves_like_a_function(cache: Cache, monkeypatch: p
     assert cache.check() == []
 
 
+def test_memoize_asks_the_get_that_a_cache_has(make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a subclass or of the object itself: it may count, or look elsewhere."""
+    asked: list[object] = []
+
+    class Counting(Cache):
+        def get(self, key: object, default: Any = None) -> Any:
+            asked.append(key)
+            return super().get(key, default)
+
+    plain = make_cache(max_bytes="1MB")
+    counting = Counting(plain.name)
+    found = counting.memoize(name="f")(lambda number: number)
+    assert [found(1), found(1)] == [1, 1]
+    assert asked == [("memoize", "f", 1)] * 2
+    counting.close()
+    asked.clear()
+    get = plain.get
+    monkeypatch.setattr(plain, "get", lambda key, default=None: (asked.append(key), get(key, default))[1])
+    again = plain.memoize(name="f")(lambda number: number)
+    assert again(1) == 1
+    assert asked == [("memoize", "f", 1)]
+    assert "<lambda>" in repr(again)
+
+
+@pytest.mark.parametrize("count", range(17))
+def test_memoize_makes_one_key_of_any_number_of_arguments(cache: Cache, count: int) -> None:
+    """Packed in place or from a tuple, with what stands for the parameters that were left out."""
+    parameters = ", ".join(f"p{number}={number}" for number in range(count))
+    kinds = ("text", 7, -1.5, None, b"bytes", True, 1 << 70, ("nested",))
+    for name in ("f", "n" * 300):
+        memoized = cache.memoize(name=name)(eval(f"lambda {parameters}: object"))
+        for given in range(count + 1):
+            args = [kinds[number % len(kinds)] for number in range(given)]
+            key = memoized.cache_key(*args)
+            cache.set(key, f"{name} {given}")
+            assert memoized(*args) == f"{name} {given}"
+            cache.delete(key)
+
+
+def test_memoize_refuses_a_name_that_can_be_no_key(cache: Cache) -> None:
+    with pytest.raises(SerializationError, match=r"cannot use name: .*surrogate"):
+        cache.memoize(name="\ud800")(lambda: 1)
+
+
 def test_memoize_without_parentheses_says_so(cache: Cache) -> None:
     with pytest.raises(TypeError, match=r"@cache\.memoize\(\)"):
 

@@ -413,6 +413,29 @@ def test_a_run_that_waits_in_limbo_is_taken_if_it_is_just_as_long(bench: Bench) 
     assert bench.cache.check() == []
 
 
+def test_what_an_interrupted_write_had_reserved_counts_as_free(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece or several; nobody frees it until somebody needs room."""
+    for number in range(4):
+        bench.cache.set(f"{number}", "x")
+    for number in (1, 3):
+        bench.cache.delete(f"{number}")
+    free = bench.cache.stats().bytes_free
+
+    def interrupt(request: Request) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shard, "write_entry", interrupt)
+        for size in (40, free - 500):
+            with pytest.raises(KeyboardInterrupt):
+                bench.cache.set("n", "n" * size)
+            assert load(bench.words, bench.region.header + layout.S_LIMBO)
+            assert bench.cache.stats().bytes_free == free
+    bench.header(layout.S_LIMBO, 1)
+    bench.block(0, pack(0, 1))  # a circle of nothing
+    assert bench.cache.stats().bytes_free <= 2 * bench.count * BLOCK_BYTES
+
+
 def test_check_counts_no_run_that_waits(bench: Bench) -> None:
     bench.cache.delete("a")
     assert load(bench.words, bench.region.header + layout.S_LIMBO)

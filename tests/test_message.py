@@ -55,7 +55,7 @@ class Through:
     def __init__(self) -> None:
         self.left = False
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("shmcache.cache._MsgpackLater", lambda: self)
+            patch.setattr("shmcache.cache.Codec", lambda serializer: self)
             self.cache = Cache(new_name(), max_bytes="8MB", max_entries=16)
 
     def encode(self, value: Raw) -> bytes:

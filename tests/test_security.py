@@ -592,7 +592,7 @@ def test_nothing_is_unpickled_unasked(make_cache: MakeCache, tmp_path: Path, mon
     values = [*hostile_values(pickled)]
     name = new_name()
     with monkeypatch.context() as patch:
-        patch.setattr(shmcache.cache, "_MsgpackLater", Raw)
+        patch.setattr(shmcache.cache, "Codec", Raw)
         writer = make_cache(name, max_bytes="4MB", shards=1)
     writer.set_many({number: [value] for number, value in enumerate(values)})
     key = b"\xc7" + bytes([len(pickled), 32]) + pickled

@@ -53,7 +53,8 @@ class Memo:
         explain: Callable[..., None],
     ) -> None:
         self._get, self._set, self._ttl = cache.get, cache.set, ttl
-        self._store = cache if type(cache).get is Store.get else None  # else it may look for something else
+        # With a `get` of its own it may look for something else.
+        self._store = cache if type(cache).get is Store.get and "get" not in vars(cache) else None
         self._function = function
         self._prefix, self._tail, self._required, self._most = prefix, tail, required, most
         self._packed = b"".join(map(pack, prefix))

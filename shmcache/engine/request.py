@@ -24,6 +24,7 @@ else:
     from shmcache.engine.message import Message
     from shmcache.engine.primitives import *
 
+from shmcache.codec import decode_key, encode_key
 from shmcache.errors import KeyTooLarge, SerializationError, ValueTooLarge, contradiction
 
 __all__ = ["Request"]
@@ -113,8 +114,6 @@ class Request(Message):
         elif type(key) is tuple and self.own_packer().pack(key):
             self.set_packed_key()
         else:
-            from shmcache.codec import encode_key  # seldom
-
             packed: bytes = encode_key(key)
             self.key_size = bytes_size(packed)
             self.key = bytes_pointer(packed)
@@ -167,11 +166,7 @@ class Request(Message):
         if self.key_kind == KEY_PACKED and self.key_size == 9 and read_number(self.scratch, 0, 1) == 0xD3:
             return as_signed(read_number(self.scratch, 1, 8))
         data = make_bytes(self.scratch, 0, self.key_size)
-        if self.key_kind == KEY_BYTES:
-            return data
-        from shmcache.codec import decode_key  # seldom
-
-        return decode_key(data)
+        return data if self.key_kind == KEY_BYTES else decode_key(data)
 
     # --- values: msgpack, scalars here, plain lists and dicts by `message.py`, everything else by the codec -----------
     def set_value(self, value: Any, codec: Any) -> int:
