@@ -1793,7 +1793,12 @@ def test_memoize_asks_the_get_that_a_cache_has(make_cache: MakeCache, monkeypatc
     counting.close()
     asked.clear()
     get = plain.get
-    monkeypatch.setattr(plain, "get", lambda key, default=None: (asked.append(key), get(key, default))[1])
+
+    def counted(key: object, default: Any = None) -> Any:
+        asked.append(key)
+        return get(key, default)
+
+    monkeypatch.setattr(plain, "get", counted)
     again = plain.memoize(name="f")(lambda number: number)
     assert again(1) == 1
     assert asked == [("memoize", "f", 1)]
