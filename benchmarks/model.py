@@ -21,12 +21,12 @@ SHARDS = (1, 4, 16, 64)
 
 @dataclass(frozen=True)
 class Costs:
-    """In ns, of one core by itself; `lines` are what a change writes of a shard and of its neighbours in lists."""
+    """In ns, of one core by itself; `lines` are what a change writes besides the value. docs/performance.md: whence."""
 
     get: float = 250
-    outside: float = 250  # of a change, without the lock
-    inside: float = 300  # with it
-    lines: int = 14
+    outside: float = 230  # of a change, without the lock
+    inside: float = 360  # with it
+    lines: int = 9
     transfer: float = 45  # of a cache line from another core
     changes: float = 0.2  # their share of all operations
     keys: int = 10_000
