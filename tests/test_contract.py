@@ -1514,10 +1514,12 @@ def test_memoize_does_not_blame_the_arguments_for_the_value(make_cache: MakeCach
         def numbers(n: int) -> Any:
             return {1, n}
 
-        assert other.memoize()(numbers)(2) == {1, 2}
-        with pytest.raises(SerializationError, match="written with pickle") as caught:
-            cache.memoize()(numbers)(2)
-        assert "argument" not in str(caught.value)
+        for arguments in ({"n": 2}, {"n": 3}):
+            assert other.memoize()(numbers)(**arguments) == {1, *arguments.values()}
+        for call in (lambda function: function(2), lambda function: function(n=3)):
+            with pytest.raises(SerializationError, match="written with pickle") as caught:
+                call(cache.memoize()(numbers))
+            assert "argument" not in str(caught.value)
 
 
 def test_memoize_tells_closures_apart_by_what_they_close_over(cache: Cache) -> None:

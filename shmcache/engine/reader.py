@@ -151,9 +151,7 @@ class Reader:
                 return status
         if size > size_of(request.scratch):
             request.room = size
-            if cython.compiled:
-                return NO_ROOM
-            request.make_room()  # here an exception may pass, and each operation begins without room
+            return NO_ROOM
         return DONE if self.blocks.read(run, request.key_size, request.scratch_memory, 0, size) else CORRUPT
 
     def copy_whole(self, request: Request, run: cython.ulonglong, at: cython.ulonglong) -> int:

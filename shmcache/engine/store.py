@@ -637,6 +637,9 @@ class Store:
         now: cython.ulonglong = self._now()
         request.now = now
         request.wants_value = wants_value
+        if not cython.compiled:  # it is a new one, and without room it would be read twice
+            request.room = SCRATCH
+            request.make_room()
         shards: list[Shard] = self._shards
         if not shards:
             shards = self._here()
