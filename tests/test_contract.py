@@ -1516,9 +1516,10 @@ def test_memoize_does_not_blame_the_arguments_for_the_value(make_cache: MakeCach
 
         for arguments in ({"n": 2}, {"n": 3}):
             assert other.memoize()(numbers)(**arguments) == {1, *arguments.values()}
-        for call in (lambda function: function(2), lambda function: function(n=3)):
+        memoized: Any = cache.memoize()(numbers)
+        for args, named in (((2,), {}), ((), {"n": 3})):
             with pytest.raises(SerializationError, match="written with pickle") as caught:
-                call(cache.memoize()(numbers))
+                memoized(*args, **named)
             assert "argument" not in str(caught.value)
 
 
