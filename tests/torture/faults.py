@@ -33,6 +33,7 @@ ENGINE = Path(engine.__file__).parent
 # Stores outside of any critical section, or that no death can come between.
 ELSEWHERE = {
     "keys.TuplePacker.add": "memory of this process alone",
+    "keys.TuplePacker.pack_call": "memory of this process alone",
     "message.Message.put_body": "memory of this process alone",
     "membership.Member.count": "a statistic in this process's own line",
     "membership.Registry._finish_fold": "as _take_line, which it is a part of",

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from shmcache import Cache
 from shmcache.engine import layout
+from shmcache.engine.primitives import store
 from tests.conftest import Clock
 from tests.torture.campaign import Trial
 
@@ -208,6 +209,24 @@ def insert_in_pieces(cache: Cache, clock: Clock) -> Case:
     value = filling(5, "n")
     assert in_pieces(cache, lambda cache: cache.set("n", value), "n")
     return Case(lambda cache: cache.set("n", value), [before, [("n", value, None), *before]])
+
+
+@case("insert where limbo is no chain")
+def give_up(cache: Cache, clock: Clock) -> Case:
+    before = fill(cache, "abcd")
+    attachment = cache._attachment
+    store(attachment.words, attachment.geometry.region(0).header + layout.S_LIMBO, attachment.geometry.blocks + 1)
+    return Case(lambda cache: cache.set("n", "new"), [before, [("n", "new", None), *before]])
+
+
+@case("delete between free runs that others are between in their bin")
+def delete_within_a_bin(cache: Cache, clock: Clock) -> Case:
+    """What waits of e is freed first, so that the bin is e, c, a; then b, which takes c out of its midst, and a."""
+    for key in "abcdefg":
+        cache.set(key, filling(1, key))
+    cache.delete_many([*"ace"])
+    before = contents(cache)
+    return Case(lambda cache: cache.delete_many([*"bf"]), [before, without(before, "b"), without(before, "b", "f")])
 
 
 def overwrite(key: str, length: int, ttl: float | None) -> Make:
