@@ -152,8 +152,12 @@ def file_name(name: str) -> str:
     return f"shmcache-{os.geteuid()}-{name}"
 
 
+def segment_path(name: str) -> str:
+    return os.path.join(DIRECTORY, file_name(name))
+
+
 def lock_path(name: str) -> str:
-    return os.path.join(DIRECTORY, file_name(name) + _LOCK_SUFFIX)
+    return segment_path(name) + _LOCK_SUFFIX
 
 
 def sleeper(name: str, shard: int) -> Sleeper:
@@ -165,7 +169,7 @@ def sleeper(name: str, shard: int) -> Sleeper:
 def file_paths(name: str, shards: int) -> list[str]:
     """Every file a cache may have, the lock file last."""
     semaphores = [sleeper(name, number).path for number in range(shards)]
-    return [os.path.join(DIRECTORY, file_name(name)), *semaphores, lock_path(name)]
+    return [segment_path(name), *semaphores, lock_path(name)]
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ class Unfinished(Exception):
 def open_segment(wish: Wish, lock_file: LockFile) -> tuple[Descriptor, Geometry]:
     """With the setup lock: the segment of a live cache, validated. Raises CacheNotFound, Unfinished and others."""
     name = wish.name
-    path = os.path.join(DIRECTORY, file_name(name))
+    path = segment_path(name)
     _refuse_strangers(path)
     try:
         segment = descriptors.open_shared_memory("/" + file_name(name), _NONBLOCK)
@@ -229,7 +233,7 @@ def open_segment(wish: Wish, lock_file: LockFile) -> tuple[Descriptor, Geometry]
 def _validated(segment: Descriptor, wish: Wish, lock_file: LockFile) -> Geometry:
     name = wish.name
     status = os.fstat(segment.fileno())
-    _check_owner(status, os.path.join(DIRECTORY, file_name(name)))
+    _check_owner(status, segment_path(name))
     header = _read_header(segment, status.st_size, name)
     if header[layout.H_LOCK_FILE] != os.fstat(lock_file.fd).st_ino:
         raise Unfinished  # its lock file was removed by hand; those who use it will notice and come here
@@ -524,7 +528,7 @@ def remove_segment(name: str) -> None:
 
 def remove_lock_file_of_nothing(name: str, lock_file: LockFile) -> None:
     """With the setup lock: after a creation that did not come to its segment. Nobody has done anything with it."""
-    if not os.fstat(lock_file.fd).st_size and not os.path.lexists(os.path.join(DIRECTORY, file_name(name))):
+    if not os.fstat(lock_file.fd).st_size and not os.path.lexists(segment_path(name)):
         with contextlib.suppress(OSError):
             os.unlink(lock_path(name))
 

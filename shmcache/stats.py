@@ -105,7 +105,7 @@ def collect(attachment: Attachment) -> Stats:
         entries=total(layout.S_ENTRIES),
         max_entries=geometry.max_entries,
         bytes_used=total(layout.S_USED_BYTES),
-        bytes_free=(total(layout.S_FREE_BLOCKS) + _spare_blocks(attachment)) * layout.BLOCK_BYTES,
+        bytes_free=(total(layout.S_FREE_BLOCKS) + _limbo_blocks(attachment)) * layout.BLOCK_BYTES,
         max_bytes=geometry.max_bytes,
         peak_entries=total(layout.S_PEAK_ENTRIES),
         peak_bytes=total(layout.S_PEAK_BYTES),
@@ -122,7 +122,7 @@ def collect(attachment: Attachment) -> Stats:
     )
 
 
-def _spare_blocks(attachment: Attachment) -> int:
+def _limbo_blocks(attachment: Attachment) -> int:
     """The blocks in limbo, of all shards: free as well, to whoever counts. A walk beside writers, so not exact."""
     words, geometry, found = attachment.words, attachment.geometry, 0
     for region in map(geometry.region, range(geometry.shards)):

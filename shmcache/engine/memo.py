@@ -83,9 +83,9 @@ class Memo:
             return OTHERWISE
         value: object = OTHERWISE
         request: Request = store._take()
-        if request.set_call_key(
-            len(self._prefix) + self._required + len(self._tail), self._packed, args, self._tail, given - self._required
-        ):
+        count: cython.longlong = len(self._prefix) + self._required + len(self._tail)
+        if request.own_packer().pack_call(count, self._packed, args, self._tail, given - self._required):
+            request.set_packed_key()
             if store._find(request, True):
                 value = request.value(store._codec)
                 self.hits += 1

@@ -19,8 +19,6 @@ cdef class Request(Message):
     cdef int make_room(self) except -1
     cdef void release(self)
     cdef int set_key(self, object key) except -1
-    cdef bint set_call_key(
-        self, unsigned long long count, bytes packed, tuple args, tuple tail, long long first) except -1
     cdef TuplePacker own_packer(self)
     cdef void set_packed_key(self)
     cdef int set_wide_key(self, str key) except -1

@@ -123,20 +123,6 @@ class Request(Message):
             raise KeyTooLarge(f"a key has at most {MAX_KEY_BYTES:,} bytes, this one has {self.key_size:,}: hash it")
         return 0
 
-    def set_call_key(
-        self,
-        count: cython.ulonglong,
-        packed: bytes,
-        args: tuple[Any, ...],
-        tail: tuple[Any, ...],
-        first: cython.longlong,
-    ) -> bool:
-        """Fill in the key that `TuplePacker.pack_call` makes; False if it is not one of the common ones."""
-        if not self.own_packer().pack_call(count, packed, args, tail, first):
-            return False
-        self.set_packed_key()
-        return True
-
     def own_packer(self) -> TuplePacker:
         if self.packer is None:
             self.packer = TuplePacker()
